@@ -1,0 +1,282 @@
+"""Stage 3: the semantic-visual reward.
+
+A completion <think>...</think><answer>a</answer> fills [MASK] in the sentence s of picture I, whose caption says y.
+
+    gate        1 if the completion has that form and a is not empty; otherwise every part below is 0          [paper]
+    semantic    1 if a = y after normalisation, else the credit of the chosen kind                             [paper]
+                    exact    nothing
+                    prefix   1 if a is a prefix of y that ends on a token boundary of y (RPT 2506.08007, eq. 3)
+                    graded   the same, times the matched share of y's length
+                    words    order-aware F1 of the words: 2 LCS(a, y) / (|a| + |y|)                             [ours]
+    visual      does the sentence, filled with a, fit the picture better than ... ?                            [ours]
+                    images   other pictures:           sigma( S(I, s[a]) - log mean_J exp S(J, s[a]) )
+                    answers  the group's other answers: exp S(I, s[a]) / sum over its distinct b of exp S(I, s[b])
+                    none     S itself, the cosine
+
+Why the visual part is relative. S is CLIP's logit. Contrastive training ends at S(I, t) = log p(t | I) / p(t) up to a
+constant of the picture, so what captions usually say, p(t), is divided out: a caption prior cannot earn it. Estimating
+p(t) as the mean over other pictures also takes away what CLIP itself likes in a text, so generic or wordy text, which
+fits every picture, gets sigma(0) = 1/2 and no more.
+
+Why the parts are normalised before they are added. Within the G completions of a prompt, each part k becomes
+
+    A = sum_k w_k (r_k - mean r_k) / (std r_k + eps)                                                           (2)
+
+Adding first and normalising after lets the part with the larger spread decide. Here semantic anchors what CLIP knows
+badly, visual undoes what captions prefer, and the weights mean what they say. A part that is equal for the whole
+group drops out.
+
+Guards: an answer of more than twice the target's words (plus two) gets no visual credit; CLIP reads the sentence, not
+the caption, and texts longer than its context are counted.
+
+    python reward.py                                          # scores the toy world's predictions
+    python reward.py --predictions eval/predictions.jsonl --clip ViT-B-32 --clip-weights laion2b_s34b_b79k
+
+in:   JSONL {image, sentence, answer, prediction} (evaluate.py writes it); prediction is the whole completion
+out:  the same records with their parts: {..., format, semantic, visual}
+"""
+import argparse
+import re
+import unicodedata
+from pathlib import Path
+
+import open_clip
+import torch
+
+from build_masks import MASK
+from score_dependency import (BadRecord, cli, distributed, fail, fingerprint, load_image, map_jsonl, read_jsonl)
+
+FILL_PROMPT = ("A part of this caption of the image is hidden behind " + MASK + ".\nCaption: {masked_caption}\n"
+               "Look at the image and write the hidden text as "
+               "<think>your reasoning</think><answer>the hidden text</answer>.")
+COMPLETION = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+TAG = re.compile(r"</?(?:think|answer)>")
+
+
+# ------------------------------------------------------------------- format: the gate
+
+
+def format_completion(answer, think=""):
+    """The completion that gives `answer`: what imitation (SFT) learns to write."""
+    return f"<think>{think}</think><answer>{answer}</answer>"
+
+
+def parse_completion(text):
+    """The answer in <think>...</think><answer>...</answer>, stripped; None if the form is broken or it is empty.
+
+    '<think>a disc</think><answer> red circle </answer>' gives 'red circle'; a tag too many, or text outside, None.
+    """
+    match = COMPLETION.fullmatch(text)
+    if not match or any(TAG.search(part) for part in match.groups()):
+        return None
+    return match[2].strip() or None
+
+
+# ------------------------------------------------------------------- semantic: answer against caption
+
+
+def normalise(text):
+    """Unicode-compatible form, lower case, single spaces, no punctuation at either end."""
+    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return text.strip(" .,;:!?…。，！？\"'“”‘’()[]")
+
+
+def exact_match(answer, target):
+    return float(normalise(answer) == normalise(target) != "")
+
+
+def prefix_credit(answer, target, boundaries, graded=False):
+    """1 (graded: |answer| / |target|) if `answer` is a prefix of `target` that ends on one of its token boundaries.
+
+    boundaries: the character offsets at which tokens of `target` end. Case does not count; an empty answer, a prefix of
+    everything, earns 0. 'large red' of 'large red circle' with boundaries (5, 9, 16) gives 1, graded 9/16; 'large r' 0.
+    """
+    if not answer or len(answer) not in boundaries or target[:len(answer)].casefold() != answer.casefold():
+        return 0.0
+    return len(answer) / len(target) if graded else 1.0
+
+
+def word_credit(answer, target):
+    """Order-aware F1 of words: 2 LCS / (|answer| + |target|). 'large blue circle' for 'large red circle' gives 2/3."""
+    a, t = normalise(answer).split(), normalise(target).split()
+    row = [0] * (len(t) + 1)                                      # longest common subsequence, one row of its table
+    for word in a[:4 * len(t) + 8]:                               # a longer answer has no F1 to speak of
+        previous = 0
+        for j, other in enumerate(t, 1):
+            previous, row[j] = row[j], previous + 1 if word == other else max(row[j], row[j - 1])
+    return 2 * row[-1] / (len(a) + len(t)) if a and t else 0.0
+
+
+def semantic_credit(answer, target, kind, tokenizer=None):
+    """The semantic part in [0, 1]: 1 for an exact match, else the credit of `kind`; tokenizer: for prefix and graded."""
+    if exact_match(answer, target):
+        return 1.0
+    if kind == "words":
+        return min(word_credit(answer, target), 0.99)             # the same words are still not the same answer
+    if kind in ("prefix", "graded"):
+        offsets = tokenizer(target, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+        return prefix_credit(answer, target, {end for _, end in offsets}, kind == "graded")
+    return 0.0
+
+
+def too_long(answer, target):
+    return len(answer.split()) > 2 * len(target.split()) + 2 or len(answer) > 4 * len(target) + 16   # CJK has no spaces
+
+
+# ------------------------------------------------------------------- visual: filled sentence against picture
+
+
+def against_images(own, others):
+    """sigma(own - log mean exp others): own (...), others (..., J) in nats; 1/2 for text that fits any picture."""
+    return torch.sigmoid(own - (others.logsumexp(-1) - torch.tensor(float(others.shape[-1])).log()))
+
+
+def against_answers(scores, texts):
+    """softmax of `scores` (G,), in nats, over the distinct `texts` (G): p(text | image), each text counted once."""
+    first = {t: i for i, t in enumerate(texts)}
+    return (scores - scores[list(first.values())].logsumexp(0)).exp()
+
+
+class ClipScorer:
+    """open_clip's S(I, t): logit scale times cosine, in nats. `name`: a model open_clip knows, or a folder with
+    open_clip_config.json and weights. `others`: PIL images to compare with, the J of against_images."""
+
+    def __init__(self, name, weights=None, others=(), device="cpu"):
+        name = f"local-dir:{name}" if Path(name).is_dir() else name
+        try:
+            model, _, self.preprocess = open_clip.create_model_and_transforms(name, weights, device=device)
+            self.tokenizer = open_clip.get_tokenizer(name)
+        except Exception as e:            # open_clip raises RuntimeError, KeyError, OSError and plain Exception for this
+            fail(f"--clip {name} {weights or ''} cannot be loaded: {str(e).strip().splitlines()[0]}")
+        self.model, self.device, self.cut = model.eval(), device, 0
+        self.others = self.image_features(others) if len(others) else None
+
+    @torch.no_grad()
+    def image_features(self, images):
+        pixels = torch.stack([self.preprocess(i) for i in images]).to(self.device)
+        return self.model.encode_image(pixels, normalize=True).float()                                     # (N, D)
+
+    @torch.no_grad()
+    def text_features(self, texts):
+        tokens = self.tokenizer(texts).to(self.device)
+        self.cut += int((tokens != 0).all(-1).sum())                # no padding left: the end was cut, or just fits
+        return self.model.encode_text(tokens, normalize=True).float()                                      # (N, D)
+
+    def __call__(self, images, texts, relative):
+        """The visual part (B, G) of texts[b][g] for images[b], in [0, 1]; relative: images, answers or none."""
+        unique = list(dict.fromkeys(t for group in texts for t in group))
+        text = self.text_features(unique)[[unique.index(t) for group in texts for t in group]]
+        text = text.view(len(images), -1, text.shape[-1])                                                  # (B, G, D)
+        cosine = torch.einsum("bd,bgd->bg", self.image_features(images), text)
+        scale = self.model.logit_scale.exp()
+        if relative == "none":
+            return cosine.clamp(0, 1)
+        if relative == "answers":
+            return torch.stack([against_answers(s, t) for s, t in zip(scale * cosine, texts)])
+        return against_images(scale * cosine, scale * text @ self.others.T)
+
+
+# ------------------------------------------------------------------- the reward
+
+
+class Reward:
+    """The parts of the reward. A part of weight 0 loads nothing. tokenizer: the policy's, for token boundaries."""
+
+    def __init__(self, weights, credit="words", relative="images", tokenizer=None, clip=None):
+        self.weights = {k: w for k, w in weights.items() if w}
+        self.names = ("format", *self.weights)
+        self.credit, self.relative, self.tokenizer, self.clip = credit, relative, tokenizer, clip
+
+    def __call__(self, records, images, completions):
+        """Parts of completions[b][g] for records[b] {sentence, answer} and PIL images[b]: {name: (B, G) in [0, 1]}."""
+        answers = [[parse_completion(c) for c in group] for group in completions]
+        parts = {"format": torch.tensor([[float(a is not None) for a in group] for group in answers])}
+        if "semantic" in self.weights:
+            parts["semantic"] = torch.tensor([[semantic_credit(a, r["answer"], self.credit, self.tokenizer) if a else 0.0
+                                               for a in group] for r, group in zip(records, answers)])
+        if "visual" in self.weights:
+            fair = torch.tensor([[float(a is not None and not too_long(a, r["answer"])) for a in group]
+                                 for r, group in zip(records, answers)])
+            texts = [[r["sentence"].replace(MASK, a or "") for a in group] for r, group in zip(records, answers)]
+            parts["visual"] = self.clip(images, texts, self.relative).cpu() * fair
+        return parts
+
+
+def advantages(parts, weights, scale=True, eps=1e-4):
+    """Equation (2): {part: (B, G)} -> (B, G); scale=False leaves out the division by std (Dr. GRPO, 2503.20783).
+
+    Rewards (1, 0, 0, 1) have mean 1/2 and (unbiased) std 0.577, hence advantages +-0.866.
+    """
+    total = 0
+    for name, weight in weights.items():
+        centred = parts[name] - parts[name].mean(-1, keepdim=True)
+        total = total + weight * (centred / (parts[name].std(-1, keepdim=True) + eps) if scale else centred)
+    return total
+
+
+def add_arguments(parser, w_semantic=1.0, w_visual=1.0):
+    """The reward's flags, the same for every script that uses it."""
+    group = parser.add_argument_group("reward")
+    group.add_argument("--w-semantic", type=float, default=w_semantic, help="weight of the semantic part (%(default)s)")
+    group.add_argument("--w-visual", type=float, default=w_visual, help="weight of the visual part; 0 loads no CLIP (%(default)s)")
+    group.add_argument("--credit", default="words", choices=("exact", "prefix", "graded", "words"),
+                       help="semantic credit of an answer that is not exact (%(default)s: best in the toy world)")
+    group.add_argument("--relative", default="images", choices=("images", "answers", "none"),
+                       help="what the visual part is relative to (%(default)s: best in the toy world)")
+    group.add_argument("--clip", default="runs/toy/clip", help="open_clip model name, or folder (%(default)s)")
+    group.add_argument("--clip-weights", help="open_clip pretrained tag or file; not for a folder")
+    group.add_argument("--clip-others", type=int, default=64, help="pictures that --relative images compares with (%(default)s)")
+
+
+def load_reward(args, records, root, max_pixels, device, tokenizer=None):
+    """Reward of the parsed flags; the pictures to compare with are the first readable distinct ones of `records`."""
+    weights, clip = {"semantic": args.w_semantic, "visual": args.w_visual}, None
+    if args.w_visual:
+        others = []
+        for name in dict.fromkeys(r["image"] for r in records):
+            try:
+                others += [load_image(root, name, max_pixels)] if len(others) < args.clip_others else []
+            except BadRecord:
+                continue
+        clip = ClipScorer(args.clip, args.clip_weights, others, device)
+    return Reward(weights, args.credit, args.relative, tokenizer, clip)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--predictions", default="runs/toy/eval_mmrpt/predictions.jsonl", help="(%(default)s)")
+    add("--image-root", default="runs/toy", help="what image paths are relative to (%(default)s)")
+    add("--out", help="(FILE.rewards.jsonl beside the predictions)")
+    add("--max-pixels", type=int, default=1003520, help="larger images are shrunk (%(default)s)")
+    add("--batch-size", type=int, default=64, help="(%(default)s)")
+    add_arguments(parser)
+    args = parser.parse_args()
+    if args.credit in ("prefix", "graded"):
+        fail(f"--credit {args.credit} needs the token boundaries of a policy; use words or exact here")
+
+    rank, _, device = distributed()
+    out = args.out or f"{Path(args.predictions).with_suffix('')}.rewards.jsonl"
+    fields = ("image", "sentence", "answer", "prediction")
+    records = [r for _, r in read_jsonl(args.predictions, fields) if not isinstance(r, BadRecord)]
+    if not records:
+        fail(f"{args.predictions}: no record with {', '.join(fields)}; it should be the output of evaluate.py")
+    reward = load_reward(args, records, args.image_root, args.max_pixels, device)
+
+    def process(rows):
+        images = [load_image(args.image_root, r["image"], args.max_pixels) for r in rows]
+        parts = reward(rows, images, [[r["prediction"]] for r in rows])
+        return [[{**row, **{k: round(v[i].item(), 6) for k, v in parts.items()}}] for i, row in enumerate(rows)]
+
+    settings = {"stage": "reward", **{k: v for k, v in vars(args).items() if k not in ("out", "batch_size")},
+                "predictions": fingerprint(args.predictions), "clip": fingerprint(args.clip)}
+    counts = map_jsonl(read_jsonl(args.predictions, fields), process, out, settings, args.predictions, args.batch_size)
+    if rank == 0:
+        rows = [row for _, row in read_jsonl(out, ())]
+        for part in reward.names:
+            print(f"{part:9s} mean {sum(r[part] for r in rows) / max(len(rows), 1):.3f}")
+        print(f"{out}: {counts['written']} predictions scored, {counts['skipped']} skipped")
+
+
+if __name__ == "__main__":
+    cli(main)

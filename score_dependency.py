@@ -1,0 +1,537 @@
+"""Stage 1: which sentences of a caption need the picture?
+
+The model reads image and caption as if it had written the caption (teacher forcing). The visual dependency of a
+sentence s is the share of attention that its tokens pay to the picture (MMRPT, arXiv 2512.07203):
+
+    D_vis(s) = 1/(|s| |L|)  sum_{l in L} sum_{t in s}   sum_{v in V} A_l(t, v) / sum_{x in V u T} A_l(t, x)        (1)
+
+L = the chosen layers, V = the visual tokens, T = the caption's tokens, A_l = attention of layer l.
+Ours, as no code was published: heads are averaged before the ratio; chat template, BOS and question are neither in V
+nor in T (they are attention sinks); the same mean over the tokens of a word scores the word.
+
+    python score_dependency.py                                                   # the toy world
+    python score_dependency.py --model Qwen/Qwen2.5-VL-3B-Instruct --data captions.jsonl --out scores.jsonl
+    torchrun --nproc_per_node 8 score_dependency.py --model ... --data ... --out ...
+
+in:   JSONL {id, image, caption}, or LLaVA / ShareGPT4V JSON, or COCO captions JSON
+out:  JSONL {id, image, caption, sentences: [{text, start, end, score, ablation?, words: [{start, end, score}]}]}
+      start and end count characters of the caption; score is in [0, 1]; ablation in nats a token
+"""
+import argparse
+import collections
+import datetime
+import hashlib
+import heapq
+import itertools
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from tqdm import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText, AutoProcessor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+CAPTION_PROMPT = "Describe this image in detail."
+
+
+# ------------------------------------------------------------------- text: sentences and words as character spans
+
+ABBREVIATION = re.compile(r"(?:^|[\s(\"'“‘])(?:mr|mrs|ms|dr|prof|st|sr|jr|vs|etc|cf|fig|no|approx|ca|inc|co|mt|ave|dept|"
+                          r"est|vol|pp|(?:[a-z]\.)*[a-z])\.$", re.IGNORECASE)
+SENTENCE_END = re.compile(r"[。！？]+[”’」』）]*|[.!?…]+[\"'”’)\]»]*(?=\s|$)|\n+")
+CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+PUNCTUATION = r"\s!-/:-@\[-`{-~\u00a1-\u00bf\u060c\u061b\u061f\u0964\u2010-\u205e\u3000-\u303f\uff01-\uff0f\uff1a-\uff20"
+WORD = re.compile(f"[{CJK}]|[^{CJK}{PUNCTUATION}]+(?:[.,:'’/&_-][^{CJK}{PUNCTUATION}]+)*")  # 3.5, don't, well-lit: one
+
+
+def split_words(text, start=0, end=None):
+    """Character spans of the words in text[start:end], without the punctuation around them; a CJK character is one."""
+    return [m.span() for m in WORD.finditer(text, start, len(text) if end is None else end)]
+
+
+def split_sentences(text):
+    """Character spans of the sentences of `text`: in order, disjoint, trimmed, each with at least one word.
+
+    They end after . ! ? … (and the quotes that close with them), after CJK full stops and at line ends; not after
+    abbreviations and initials, inside decimals, or where the next word is lower-case.
+    """
+    spans, start = [], 0
+    for end, mark in [*((m.end(), m[0]) for m in SENTENCE_END.finditer(text)), (len(text), "\n")]:
+        following = text[end:].lstrip()[:1]
+        if mark[0] in ".!?…" and following and (following.islower() or ABBREVIATION.search(text[start:end])):
+            continue
+        left = start + len(text[start:end]) - len(text[start:end].lstrip())
+        if split_words(text, start, end):
+            spans.append((left, left + len(text[left:end].rstrip())))
+        start = end
+    return spans
+
+
+def tokens_of(span, offsets):
+    """Indices of the tokens whose characters overlap `span`; offsets: one (start, end) a token."""
+    return [i for i, (start, end) in enumerate(offsets) if start < span[1] and end > span[0]]
+
+
+# ------------------------------------------------------------------- in: captions and pictures
+
+
+class BadRecord(ValueError):
+    """A record that cannot be used; the message says why. It is skipped, named and counted."""
+
+
+def fail(message):
+    raise SystemExit(f"error: {message}")
+
+
+def read_jsonl(path, fields):
+    """Yields (line number, dict with all `fields`), or (line number, BadRecord)."""
+    if not Path(path).is_file():
+        fail(f"{path}: no such file")
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                missing = [f for f in fields if f not in row] if isinstance(row, dict) else list(fields)
+                yield number, BadRecord(f"lacks {', '.join(missing)}") if missing else row
+            except json.JSONDecodeError as e:
+                yield number, BadRecord(f"not JSON ({e.msg} at column {e.colno})")
+
+
+def read_captions(path):
+    """Yields (line or item number, {id, image, caption} or BadRecord) from any of the three formats; ids are unique."""
+    rows, seen = read_jsonl(path, ()), set()
+    if Path(path).suffix == ".json":
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            rows = enumerate(_coco(data) if isinstance(data, dict) else data, 1)
+        except (OSError, ValueError, KeyError) as e:
+            fail(f"{path}: neither a list of conversations nor COCO captions ({type(e).__name__}: {e})")
+    for number, row in rows:
+        try:
+            if isinstance(row, BadRecord):
+                raise row
+            if "conversations" in row:                                                     # LLaVA, ShareGPT4V
+                row["caption"] = next(turn["value"] for turn in row["conversations"] if turn["from"] == "gpt")
+            record = {"id": str(row["id"]), "image": row["image"], "caption": row["caption"]}
+            if not (isinstance(record["image"], str) and isinstance(record["caption"], str)):
+                raise BadRecord("image and caption must be strings")
+            if record["id"] in seen:
+                raise BadRecord(f"id {record['id']!r} stands twice")
+            seen.add(record["id"])
+        except BadRecord as e:
+            record = e
+        except (KeyError, TypeError, StopIteration) as e:
+            record = BadRecord(f"not a caption record ({type(e).__name__} {e})")
+        yield number, record
+
+
+def _coco(data):
+    captions = collections.defaultdict(list)
+    for annotation in data["annotations"]:
+        text = annotation["caption"].strip()
+        captions[annotation["image_id"]].append(text if text.endswith((".", "!", "?")) else text + ".")
+    return [{"id": i["id"], "image": i["file_name"], "caption": " ".join(captions[i["id"]])} for i in data["images"]]
+
+
+def load_image(root, name, max_pixels):
+    """PIL image root/name in RGB: upright (EXIF), first frame, transparency on white, at most max_pixels large."""
+    path = (Path(root) / name).resolve()
+    if not path.is_relative_to(Path(root).resolve()):
+        raise BadRecord(f"image {name} lies outside the image root {root}")
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = image.convert("RGB")
+    except FileNotFoundError:
+        raise BadRecord(f"image {path} does not exist") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise BadRecord(f"image {path} cannot be read ({e})") from None
+    scale = (max_pixels / (image.width * image.height)) ** 0.5
+    if scale < 1:     # resized here, because not every processor heeds from_pretrained(max_pixels=) (transformers#41955)
+        image = image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))), Image.BICUBIC)
+    return image
+
+
+# ------------------------------------------------------------------- out: JSONL that survives a kill, from all ranks
+
+
+def distributed():
+    """(rank, world size, device) of this process; joins the others if torchrun started it."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(minutes=30))
+    return rank, world, device
+
+
+def fingerprint(path):
+    """Short hash of a file, or of a checkpoint folder (names, sizes and last MB of its files); a hub id is its own."""
+    path, digest = Path(path), hashlib.sha256()
+    if not path.exists():
+        return str(path)
+    for file in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        with open(file, "rb") as f:
+            f.seek(max(0, file.stat().st_size - 2**20) if path.is_dir() else 0)
+            while block := f.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def write_atomically(path, lines):
+    """Writes an iterable of strings; the file is there whole or not at all."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as f:
+        f.writelines(lines)
+    os.replace(f"{path}.tmp", path)
+
+
+def same_run(path, settings):
+    """Whether `path`, a run.json, holds these settings; False if there is none. Another run's file ends the program."""
+    if not Path(path).exists():
+        return False
+    old = json.loads(Path(path).read_text(encoding="utf-8"))["settings"]
+    differs = [f"{k} was {old.get(k)}, is {settings.get(k)}" for k in {**old, **settings} if old.get(k) != settings.get(k)]
+    if differs:
+        fail(f"{path} belongs to another run ({'; '.join(differs)}): choose another --out, or delete it")
+    return True
+
+
+def map_jsonl(rows, process, out, settings, source, batch_size):
+    """Writes to `out` the records that process([row, ...]) -> [[record, ...], ...] makes of `rows`, in their order.
+
+    rows yields (number, dict or BadRecord). Every rank takes its share of each batch, rank 0 appends all to OUT.part, so
+    a kill costs one batch and the same command goes on behind it. A BadRecord raised by process() costs that row alone.
+    OUT.run.json keeps settings, counts and seconds. Returns the counts {rows, written, skipped}.
+    """
+    rank, world, _ = distributed()
+    out, info, part = Path(out), Path(f"{out}.run.json"), Path(f"{out}.part")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if same_run(info, settings) and out.exists():
+        counts = json.loads(info.read_text())["counts"]
+        print(f"reused {out}: complete, {counts['written']} records, {counts['skipped']} skipped") if not rank else None
+        return counts
+    if out.exists():
+        fail(f"{out} exists and is not of this stage: choose another --out, or delete it")
+    share, done, began = batch_size * world, [0], time.time()
+    if rank == 0:
+        write_atomically(info, [json.dumps({"settings": settings}, indent=1)])
+        lines = part.read_bytes().splitlines(keepends=True) if part.exists() else []
+        done = [sum(line.endswith(b"\n") for line in lines) // share * share]      # whole batches, so that batches
+        part.write_bytes(b"".join(lines[:done[0]]))                                # after a kill are those without it
+        if done[0]:
+            print(f"resuming {out} behind row {done[0]}")
+    if world > 1:
+        dist.broadcast_object_list(done)
+
+    def attempt(batch):                                  # [(number, row)] -> [{"out": [...]} or {"skipped": reason}]
+        good = [row for _, row in batch if not isinstance(row, BadRecord)]
+        try:
+            made = iter(process(good) if good else [])
+        except BadRecord as e:
+            if len(good) > 1:
+                return [r for one in batch for r in attempt([one])]
+            made = iter([e])
+        results = [row if isinstance(row, BadRecord) else next(made) for _, row in batch]
+        for (number, _), r in zip(batch, results):
+            if isinstance(r, BadRecord):
+                tqdm.write(f"skipped {source}:{number}: {r}", file=sys.stderr)
+        return [{"skipped": str(r)} if isinstance(r, BadRecord) else {"out": r} for r in results]
+
+    rows = itertools.islice(rows, done[0], None)
+    with open(part, "a", encoding="utf-8") if rank == 0 else open(os.devnull, "w") as f, \
+            tqdm(desc=out.name, initial=done[0], unit="row", disable=rank > 0) as bar:
+        while chunk := list(itertools.islice(rows, share)):
+            results = gathered = attempt(chunk[rank::world])
+            if world > 1:
+                gathered = [None] * world
+                dist.all_gather_object(gathered, results)
+                gathered = [gathered[i % world][i // world] for i in range(len(chunk))]
+            f.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in gathered))
+            f.flush()
+            bar.update(len(chunk))
+    counts = [collections.Counter(rows=0, written=0, skipped=0)]
+    if rank == 0:
+        for _, row in read_jsonl(part, ()):
+            counts[0].update(rows=1, written=len(row.get("out", ())), skipped="skipped" in row)
+        write_atomically(info, [json.dumps({"settings": settings, "counts": counts[0],
+                                            "seconds": round(time.time() - began, 1)}, indent=1)])
+        write_atomically(out, (json.dumps(r, ensure_ascii=False) + "\n"
+                               for _, row in read_jsonl(part, ()) for r in row.get("out", ())))
+        part.unlink()
+    if world > 1:
+        dist.broadcast_object_list(counts)
+    return counts[0]
+
+
+def cli(main):
+    """Runs a stage: a full disk or Ctrl-C ends it in one line, as what was written is whole."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on from here")
+    except OSError as e:
+        fail(f"{e.filename or 'output'}: {e.strerror or e}; what was written stays, the same command goes on from there")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------- the model: one sequence layout for all stages
+#
+#     [ padding | prompt with visual tokens ][ response | padding ]        prompts end, responses begin, at one column
+
+
+def load_vlm(name, device, trust_remote_code=False, dtype=None):
+    """(model in eval mode, processor) of a hub id or folder; dtype: bf16 on a GPU, fp32 on a CPU. Ends the program if unfit."""
+    try:
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as e:
+        fail(f"{name} cannot be loaded as a vision-language model: {str(e).strip().splitlines()[0]}")
+    for what, there in (("image processor", getattr(processor, "image_processor", None)),
+                        ("chat template", getattr(processor, "chat_template", None)),
+                        ("image token", getattr(model.config, "image_token_id", None)),
+                        ("fast tokenizer", getattr(getattr(processor, "tokenizer", None), "is_fast", None))):
+        if there is None or there is False:
+            fail(f"{name} has no {what}: choose an instruction-tuned vision-language checkpoint")
+    return model.to(device).eval(), processor
+
+
+def chat_prompt(processor, text, images=1):
+    """The chat-formatted prompt: `images` picture placeholders, then `text`, then the opening of the answer."""
+    if processor.image_token in text:
+        raise BadRecord(f"the text contains the image token {processor.image_token}")
+    content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+
+
+def encode_prompts(model, processor, prompts, images):
+    """Model inputs of B left-padded prompts; images: a list of PIL images for each prompt.
+
+    Returns a dict on the model's device: input_ids, attention_mask (B, P), the family's pixel tensors, and position_ids
+    (B, P), or (3, B, P) for the M-RoPE of Qwen-VL. Never truncates, which would cut through visual tokens; a prompt
+    without visual tokens or longer than the model's positions is a BadRecord.
+    """
+    batch = dict(processor(text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt"))
+    mask, visual = batch["attention_mask"], batch["input_ids"] == model.config.image_token_id
+    limit = model.config.get_text_config().max_position_embeddings
+    if not visual.any(-1).all():
+        raise BadRecord("no visual tokens: does the chat template of this checkpoint place images?")
+    if mask.sum(-1).max() > limit:
+        raise BadRecord(f"prompt of {mask.sum(-1).max()} tokens, {visual.sum(-1).max()} of them visual, exceeds the "
+                        f"model's {limit}: lower --max-pixels")
+    batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+    if hasattr(model.model, "get_rope_index"):     # explicit positions: rope_deltas kept on the model go stale (PR#43952)
+        grids = {k: v for k, v in batch.items() if k in ("mm_token_type_ids", "image_grid_thw")}
+        batch["position_ids"] = model.model.get_rope_index(batch["input_ids"], attention_mask=batch["attention_mask"],
+                                                           **grids)[0]
+    else:
+        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    batch.pop("mm_token_type_ids", None)           # only positions need it
+    return batch
+
+
+def encode_responses(processor, texts, device, eos=None):
+    """Right-padded ids and mask (B, S) of responses, and for each the character span of its tokens; eos is appended."""
+    tokenizer, rows = processor.tokenizer, []
+    for text in texts:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if processor.image_token_id in encoded.input_ids or not encoded.input_ids:
+            raise BadRecord(f"the text contains the image token {processor.image_token}" if text else "the text is empty")
+        rows.append((encoded.input_ids + ([] if eos is None else [eos]), encoded.offset_mapping))
+    ids = torch.zeros(len(rows), max(len(r) for r, _ in rows), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, (row, _) in enumerate(rows):
+        ids[i, :len(row)], mask[i, :len(row)] = torch.tensor(row), 1
+    return ids.to(device), mask.to(device), [offsets for _, offsets in rows]
+
+
+def response_positions(position_ids, length):
+    """Positions of `length` tokens that follow prompts at position_ids (B, P) or (3, B, P): (B, S) or (3, B, S).
+
+    M-RoPE goes on behind the largest of its three coordinates, wherever in the prompt that stands.
+    """
+    last = position_ids.amax(-1, keepdim=True)
+    if position_ids.ndim == 3:
+        last = last.amax(0, keepdim=True).expand(3, -1, -1)
+    return last + torch.arange(1, length + 1, device=position_ids.device)
+
+
+def append_responses(batch, ids, mask):
+    """The model inputs of prompts followed by responses (B, S): one plain pass over everything."""
+    joined = {"input_ids": ids, "attention_mask": mask, "position_ids": response_positions(batch["position_ids"], ids.shape[1])}
+    return {**batch, **{k: torch.cat([batch[k], v.to(batch[k].dtype)], -1) for k, v in joined.items()}}
+
+
+def token_logps(logits, ids):
+    """log p of ids (B, S) under logits (B, S, vocabulary), in fp32: (B, S), in nats."""
+    return -F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
+
+
+# ------------------------------------------------------------------- the method: equation (1)
+
+
+def visual_share(query, key, mask, scaling, visual, text):
+    """The inner fraction of eq. (1) for one layer: sum_V A / sum_{V u T} A of the last S rows, S = text.shape[1].
+
+    query (B, H, N, d), key (B, H_kv, N, d); mask: None (causal), boolean or additive (B, 1, N, N);
+    visual (B, N) and text (B, S) are boolean. Returns (B, S) in fp32. Of the N x N map only S rows of one group of heads
+    at a time exist.
+    """
+    S, groups, shares = text.shape[1], query.shape[1] // key.shape[1], 0
+    if mask is None:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+    mask = mask[:, :, -S:]
+    for head in range(key.shape[1]):
+        q = query[:, head * groups:(head + 1) * groups, -S:].float()
+        scores = q @ key[:, head:head + 1].float().transpose(-1, -2) * scaling                     # (B, groups, S, N)
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        shares = shares + scores.softmax(-1).sum(1) / query.shape[1]                               # heads averaged
+    to_visual = (shares * visual[:, None]).sum(-1)
+    to_text = (shares[:, :, -S:] * text[:, None]).sum(-1)
+    return to_visual / (to_visual + to_text)
+
+
+def _recording_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """The model's fast attention; layers marked by a Scorer also add their visual_share to it on the way."""
+    scorer = getattr(module, "dependency_scorer", None)
+    if scorer is not None:
+        scorer.total = scorer.total + visual_share(query, key, attention_mask, scaling, scorer.visual, scorer.text)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+AttentionInterface.register("visual_share", _recording_attention)
+AttentionMaskInterface.register("visual_share", sdpa_mask)
+
+
+class Scorer:
+    """A loaded model whose chosen decoder layers record D_vis while they run. layers: indices, default upper-middle."""
+
+    def __init__(self, model, processor, layers=None):
+        self.model, self.processor = model, processor
+        decoder = model.get_decoder().layers
+        self.layers = layers or range(len(decoder) // 2, max(len(decoder) // 2 + 1, len(decoder) * 3 // 4))
+        if max(self.layers) >= len(decoder):
+            fail(f"--layers: the decoder has layers 0 to {len(decoder) - 1}")
+        model.set_attn_implementation({"text_config": "visual_share"})
+        for i in self.layers:
+            decoder[i].self_attn.dependency_scorer = self
+
+    @torch.no_grad()
+    def __call__(self, images, captions, ablation=False):
+        """Per caption: (D_vis of each token, log-prob gain of the image for each token or None, token offsets)."""
+        prompt = chat_prompt(self.processor, CAPTION_PROMPT)
+        ids, mask, offsets = encode_responses(self.processor, captions, self.model.device)
+        gains = [None] * len(captions)
+
+        def run(pictures):
+            batch = encode_prompts(self.model, self.processor, [prompt] * len(captions), [[p] for p in pictures])
+            batch = append_responses(batch, ids, mask)
+            self.total, self.visual, self.text = 0, batch["input_ids"] == self.model.config.image_token_id, mask.bool()
+            keep = ids.shape[1] + 1 if ablation else 1
+            logits = self.model(**batch, use_cache=False, logits_to_keep=keep).logits
+            return self.total / len(self.layers), token_logps(logits[:, :-1], ids) if ablation else None
+
+        shares, with_image = run(images)
+        if ablation:       # the cross-check: log p(token | image) - log p(token | grey image of the same size)
+            gains = (with_image - run([Image.new("RGB", p.size, (127, 127, 127)) for p in images])[1]).tolist()
+        return list(zip(shares.tolist(), gains, offsets))
+
+
+def score_record(record, shares, gains, offsets):
+    """The output record: token values averaged over the tokens of each sentence and of each word."""
+    def mean(values, span):
+        inside = tokens_of(span, offsets)
+        return round(sum(values[i] for i in inside) / len(inside), 6) if inside else None
+
+    sentences = []
+    for start, end in split_sentences(record["caption"]):
+        sentence = {"text": record["caption"][start:end], "start": start, "end": end, "score": mean(shares, (start, end))}
+        if gains:
+            sentence["ablation"] = mean(gains, (start, end))
+        sentence["words"] = [{"start": s, "end": e, "score": mean(shares, (s, e))}
+                             for s, e in split_words(record["caption"], start, end)]
+        sentences.append(sentence)
+    return {**record, "sentences": sentences}
+
+
+def spearman(x, y):
+    """Rank correlation of two sequences, ties at their mean rank; nan if one is constant."""
+    def ranks(values):
+        values = torch.tensor(values, dtype=torch.float64)
+        _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+        return (counts.cumsum(0) - (counts - 1) / 2)[inverse]
+    return torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1].item() if len(x) > 1 else float("nan")
+
+
+def show(path, count=5):
+    """Prints the most and the least visual sentences of a scores file."""
+    def sentences():
+        return ((s["score"], row["id"], s["text"]) for _, row in read_jsonl(path, ("sentences",)) for s in row["sentences"])
+    top, bottom = heapq.nlargest(count, sentences()), heapq.nsmallest(count, sentences())
+    print("\nvisual dependency, most and least:")
+    for score, name, text in [*top, *reversed(bottom)]:
+        print(f"  {score:.3f} {'█' * round(score * 20):20s} {name:>8.8s}  {text[:70]}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="runs/toy/base", help="hub id or folder (%(default)s)")
+    add("--data", default="runs/toy/train.jsonl", help="captions (%(default)s)")
+    add("--image-root", help="what image paths are relative to (the folder of --data)")
+    add("--out", default="runs/toy/scores_train.jsonl", help="(%(default)s)")
+    add("--layers", help="decoder layers, from 0: 14-20 or 3,5,7 (upper-middle: the third quarter)")
+    add("--batch-size", type=int, default=16, help="captions a forward pass and rank; changes speed only (%(default)s)")
+    add("--max-pixels", type=int, default=1003520, help="larger images are shrunk: about 1,280 tokens of 28 x 28 (%(default)s)")
+    add("--limit", type=int, help="only the first so many records")
+    add("--ablation", action="store_true", help="also score by log p(text|image) - log p(text|grey): one more pass")
+    add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+    args = parser.parse_args()
+
+    rank, _, device = distributed()
+    settings = {"stage": "score_dependency", "model": fingerprint(args.model), "data": fingerprint(args.data),
+                "layers": args.layers, "max_pixels": args.max_pixels, "limit": args.limit, "ablation": args.ablation}
+    root, loaded = args.image_root or Path(args.data).parent, []
+
+    def process(rows):
+        if not loaded:                                                  # not at all if all is done already
+            layers = args.layers and [i for part in args.layers.split(",") for lo, _, hi in [part.partition("-")]
+                                      for i in range(int(lo), int(hi or lo) + 1)]
+            loaded.append(Scorer(*load_vlm(args.model, device, args.trust_remote_code), layers))
+            tqdm.write(f"{args.model} on {device}: layers {list(loaded[0].layers)}") if not rank else None
+        for row in rows:
+            if not split_sentences(row["caption"]):
+                raise BadRecord("the caption has no words")
+        images = [load_image(root, row["image"], args.max_pixels) for row in rows]
+        scored = loaded[0](images, [row["caption"] for row in rows], args.ablation)
+        return [[score_record(row, *values)] for row, values in zip(rows, scored)]
+
+    counts = map_jsonl(itertools.islice(read_captions(args.data), args.limit), process, args.out, settings, args.data,
+                       args.batch_size)
+    if rank == 0:
+        show(args.out)
+        if args.ablation:
+            pairs = [(s["score"], s["ablation"]) for _, row in read_jsonl(args.out, ()) for s in row["sentences"]]
+            print(f"rank correlation of D_vis with the image-ablation score: {spearman(*zip(*pairs)):.3f}")
+        print(f"{args.out}: {counts['written']} captions scored, {counts['skipped']} skipped. Next: build_masks.py --scores {args.out}")
+
+
+if __name__ == "__main__":
+    cli(main)

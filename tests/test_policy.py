@@ -1,0 +1,188 @@
+"""The shared prefix is exact: log-probs and every gradient, against each completion run alone with its own prompt."""
+import pytest
+import torch
+
+from grpo_train import Policy, freeze_unused, prompt_order, uniforms_of
+from score_dependency import append_responses, chat_prompt, encode_prompts, load_vlm, token_logps
+from tiny import FAMILIES, picture
+
+CPU, G, S, T = torch.device("cpu"), 4, 6, 0.8
+TEXTS = ["A red thing.", "What is it? The large [MASK] circle is in the left."]
+IMAGES = [picture(0), picture(1, (48, 80))]
+
+
+@pytest.fixture
+def policy(checkpoint, request):
+    model, processor = load_vlm(checkpoint(request.param), CPU)
+    return Policy(model, processor, T), processor
+
+
+def encode(policy, processor, rows=(0, 1), repeat=1):
+    rows = [r for r in rows for _ in range(repeat)]
+    return encode_prompts(policy.model, processor, [chat_prompt(processor, TEXTS[r]) for r in rows], [[IMAGES[r]] for r in rows])
+
+
+def plain_logps(policy, batch, ids, mask):
+    """Prompt and completion of every row in one ordinary pass, no cache."""
+    hidden = policy.model.model(**append_responses(batch, ids, mask), use_cache=False).last_hidden_state
+    logits = policy.model.lm_head(hidden[:, -ids.shape[1] - 1:-1]) / T
+    logits[..., policy.banned] = float("-inf")
+    return token_logps(logits, ids)
+
+
+def gradients(policy, loss):
+    policy.zero_grad()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(found, expected):
+    assert found.keys() == expected.keys()
+    scale = max(g.norm() for g in expected.values())
+    for name in expected:                                # relative, but a gradient that is 0 by theory has only rounding
+        assert (found[name] - expected[name]).norm() < 1e-5 * expected[name].norm() + 1e-7 * scale, name
+
+
+@pytest.mark.parametrize("policy", FAMILIES, indirect=True)
+def test_shared_prefix_equals_repeated_prompts_in_log_probs_and_every_gradient(policy):
+    policy, processor = policy
+    ids, mask, logps, _ = policy(encode(policy, processor), G, uniforms_of(1, [0, 1], G, S, 0))
+    weight = torch.randn(2 * G, 1, generator=torch.Generator().manual_seed(0)) * mask
+    found = gradients(policy, (logps * weight).sum())
+    expected_logps = torch.zeros_like(logps)
+    policy.zero_grad()
+    for i in range(2 * G):                                # one row at a time, without any padding
+        length = int(mask[i].sum())
+        row = plain_logps(policy, encode(policy, processor, [i // G]), ids[i:i + 1, :length], mask[i:i + 1, :length])
+        (row * weight[i, :length]).sum().backward()
+        expected_logps[i, :length] = row[0].detach()
+    expected = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+    assert ((logps - expected_logps) * mask).abs().max() < 2e-5
+    assert_same_gradients(found, expected)
+    assert any("vision" in n or "visual" in n for n in found) and all(g.isfinite().all() for g in found.values())
+
+
+@pytest.mark.parametrize("policy", FAMILIES, indirect=True)
+def test_a_prompt_run_under_no_grad_would_give_another_gradient(policy):
+    """The trap that the shared prefix must not fall into: it would train neither vision tower nor projector."""
+    policy, processor = policy
+    batch = encode(policy, processor)
+    ids, mask, logps, _ = policy(batch, G, uniforms_of(1, [0, 1], G, S, 0))
+    found = gradients(policy, (logps * mask).sum())
+    tower = [n for n in found if ("vision" in n or "visual" in n) and n.endswith("weight")]
+    assert tower and min(found[n].norm() for n in tower) > 0
+
+
+@pytest.mark.parametrize("policy", FAMILIES, indirect=True)
+def test_row_of_a_batch_samples_and_scores_as_alone(policy):
+    policy, processor = policy
+    ids, mask, logps, entropy = policy(encode(policy, processor), G, uniforms_of(1, [0, 1], G, S, 0))
+    for row in (0, 1):
+        a_ids, a_mask, a_logps, a_entropy = policy(encode(policy, processor, [row]), G, uniforms_of(1, [row], G, S, 0))
+        here, width = slice(row * G, row * G + G), a_ids.shape[1]
+        assert (mask[here, :width] == a_mask).all() and not mask[here, width:].any()
+        assert (ids[here, :width] * a_mask == a_ids * a_mask).all()
+        assert ((logps[here, :width] - a_logps) * a_mask).abs().max() < 2e-5
+        assert ((entropy[here, :width] - a_entropy) * a_mask).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("policy", FAMILIES, indirect=True)
+def test_greedy_decoding_equals_generate(policy):
+    policy, processor = policy
+    policy.temperature = 0
+    for row in (0, 1):
+        batch = encode(policy, processor, [row])
+        ids, mask = policy.sample(*policy.prefill(batch, 1), batch["position_ids"], torch.zeros(1, 12))
+        raw = dict(processor(text=[chat_prompt(processor, TEXTS[row])], images=[[IMAGES[row]]], return_tensors="pt"))
+        out = policy.model.generate(**raw, do_sample=False, max_new_tokens=12, suppress_tokens=policy.banned)
+        out = out[0, raw["input_ids"].shape[1]:]
+        assert ids[0][mask[0].bool()].tolist() == out[:mask[0].sum()].tolist()
+
+
+@pytest.mark.parametrize("policy", FAMILIES[:2], indirect=True)
+def test_tokens_are_sampled_with_the_probabilities_they_are_scored_with(policy):
+    policy, processor = policy
+    batch = encode(policy, processor, [0])
+    ids, _, logps, _ = policy(batch, 4000, torch.rand(4000, 1, generator=torch.Generator().manual_seed(1)))
+    first = policy.logits(policy.prefill(batch, 1)[0])[0, 0].softmax(-1)
+    counts = torch.bincount(ids[:, 0], minlength=len(first)) / 4000
+    assert (counts - first).abs().max() < 4 * 0.5 / 4000 ** 0.5                # four standard errors
+    assert torch.allclose(logps[:, 0].exp(), first[ids[:, 0]], atol=1e-6)
+    assert ids[:, 0].unique().numel() > 5                                       # first tokens of a group differ
+
+
+@pytest.mark.parametrize("policy", FAMILIES, indirect=True)
+def test_image_tokens_are_never_sampled(policy):
+    policy, processor = policy
+    with torch.no_grad():
+        policy.model.lm_head.weight[policy.model.config.image_token_id] = 100 * policy.prefill(encode(policy, processor), 1)[0][0, 0]
+    ids, mask, logps, _ = policy(encode(policy, processor), G, uniforms_of(1, [0, 1], G, S, 0))
+    assert policy.model.config.image_token_id not in ids and (logps * mask).isfinite().all()
+
+
+def test_the_mask_includes_the_first_stop_token_and_nothing_behind_it(checkpoint):
+    model, processor = load_vlm(checkpoint("idefics3"), CPU)
+    policy = Policy(model, processor)
+    assert len(policy.stop) == 2                                                # generation_config holds two
+    for stop in policy.stop:
+        with torch.no_grad():
+            hidden = policy.prefill(encode(policy, processor), 1)[0]
+            policy.model.lm_head.weight.zero_()
+            policy.model.lm_head.weight[stop] = 3 * hidden[0, 0] / hidden[0, 0].norm()
+        ids, mask, *_ = policy(encode(policy, processor), 8, uniforms_of(1, [0, 1], 8, S, 0))
+        for row, m in zip(ids.tolist(), mask.tolist()):
+            end = next((j for j, t in enumerate(row) if t in policy.stop), len(row) - 1)
+            assert m == [1] * (end + 1) + [0] * (len(row) - end - 1)
+        assert (mask.sum(1) < S).any()
+
+
+def test_the_pad_token_is_not_a_stop_token(checkpoint):
+    _, processor = load_vlm(checkpoint("idefics3"), CPU)
+    policy = Policy(*load_vlm(checkpoint("idefics3"), CPU))
+    assert processor.tokenizer.pad_token_id not in policy.stop
+
+
+@pytest.mark.parametrize("policy", FAMILIES[:3], indirect=True)
+def test_dropping_the_cache_by_gradient_checkpointing_is_an_error(policy):
+    policy, processor = policy
+    policy.model.train()
+    policy.model.gradient_checkpointing_enable()
+    with pytest.raises((RuntimeError, ValueError)):
+        policy(encode(policy, processor), G, uniforms_of(1, [0, 1], G, S, 0))
+
+
+@pytest.mark.parametrize("policy", FAMILIES, indirect=True)
+def test_autocast_gives_every_parameter_the_gradient_of_fp32_within_bf16(policy):
+    """Weights cast to bf16 inside the no_grad rollout must not be reused, without gradient, by the scoring pass."""
+    policy, processor = policy
+    ids, mask, logps, _ = policy(encode(policy, processor), G, uniforms_of(1, [0, 1], G, S, 0))
+    expected = gradients(policy, (logps * mask).sum())
+    with torch.autocast("cpu", torch.bfloat16):
+        policy.sample(*policy.prefill(encode(policy, processor), G), encode(policy, processor)["position_ids"], torch.rand(2 * G, S))
+        logps = policy(encode(policy, processor), G, ids=ids, mask=mask)[2]
+    assert logps.dtype == torch.float32
+    found = gradients(policy, (logps * mask).sum())
+    assert found.keys() == expected.keys()
+    flat = [torch.cat([g[n].flatten() for n in expected]) for g in (found, expected)]
+    assert torch.cosine_similarity(*flat, dim=0) > 0.98
+
+
+def test_parameters_without_gradient_are_frozen_and_all_others_are_not(checkpoint):
+    model, processor = load_vlm(checkpoint("llava_onevision"), CPU)
+    policy = Policy(model, processor)
+    freeze_unused(policy, encode(policy, processor))
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+    assert frozen == ["model.vision_tower.post_layernorm.weight", "model.vision_tower.post_layernorm.bias"]
+
+
+def test_every_epoch_visits_every_prompt_once_in_a_new_order():
+    seen = [i for step in range(1, 7) for i in prompt_order(step, 5, 10, seed=3)]
+    epochs = [seen[:10], seen[10:20], seen[20:]]
+    assert all(sorted(e) == list(range(10)) for e in epochs) and epochs[0] != epochs[1]
+    assert prompt_order(4, 5, 10, seed=3) == seen[15:20]                        # no state: any step by itself
+
+
+def test_uniforms_of_a_prompt_depend_on_its_place_and_not_on_its_batch():
+    both, second = uniforms_of(7, [0, 1], 4, 5, 0), uniforms_of(7, [1], 4, 5, 0)
+    assert torch.equal(both[4:], second) and not torch.equal(both[:4], second)
+    assert not torch.equal(uniforms_of(8, [1], 4, 5, 0), second) and not torch.equal(uniforms_of(7, [1], 4, 5, 1), second)
