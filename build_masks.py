@@ -3,15 +3,19 @@
 A sentence s is vision-dependent if D_vis(s) >= tau; it, or the words in it that depend most, become [MASK] (MMRPT).
 How tau adapts is not published. Offered here (README: how each agrees with the toy world's truth):
 
+    place          tau of a sentence = what its place usually scores + one cut of the excess over it, by Otsu's rule
     otsu           one tau for the data set: the cut of its scores with the largest variance between the two classes
     mean           one tau a caption: the mean score of its sentences
     gap            one tau a caption: the upper edge of the largest gap between its sorted scores
     quantile:0.5   one tau for the data set: this share of all sentences lies below
     0.62           a fixed number
 
+Why place: the further down a caption a token stands, the more text it can attend to, and the smaller the picture's
+share in eq. (1), whatever the sentence says. What a place usually scores is the mean score of the k-th word of all
+captions; the usual score of a sentence is the mean of that over its words.
 
 The finer granularity of the paper is not public either. Ours: the contiguous words of highest dependency, that is
-the run of words whose scores, each less the mean of its sentence, have the largest sum (the maximum subarray).
+the run of words whose excess over their place, less the mean excess of the sentence, has the largest sum.
 
     python build_masks.py                                                        # the toy world
     python build_masks.py --scores scores.jsonl --out masks.jsonl --granularity sentence
@@ -51,18 +55,47 @@ def largest_gap(scores):
     return x[gaps.index(max(gaps)) + 1] if gaps and max(gaps) > 0 else x[0]
 
 
-def threshold_rule(name, all_scores):
-    """Function: scores of one caption -> its tau. all_scores: a function that returns those of the whole data set."""
+def usual_scores(captions, least=20):
+    """(K,) mean score of the k-th word over `captions`, lists of word scores, averaged with its two neighbours.
+
+    Places that fewer than `least` captions reach take the value of the last that enough reach.
+    """
+    longest = max(map(len, captions))
+    total, count = np.zeros(longest), np.zeros(longest)
+    for scores in captions:
+        total[:len(scores)] += scores
+        count[:len(scores)] += 1
+    reached = max(1, int((count >= least).sum())) if len(captions) >= least else longest
+    mean = np.pad((total / count)[:reached], 1, mode="edge")
+    return np.pad((mean[:-2] + mean[1:-1] + mean[2:]) / 3, (0, longest - reached), mode="edge")
+
+
+def annotate(record, usual):
+    """Adds to every sentence and word its `usual` score by place; returns the sentences. usual: usual_scores()."""
+    words = iter(usual)
+    for sentence in record["sentences"]:
+        for word in sentence["words"]:
+            word["usual"] = float(next(words))
+        sentence["usual"] = sum(w["usual"] for w in sentence["words"]) / len(sentence["words"])
+    return record["sentences"]
+
+
+def threshold_rule(name, sentences):
+    """Function: annotated sentences of one caption -> tau of each. sentences: those of the whole data set."""
     if name == "mean":
-        return lambda scores: sum(scores) / len(scores)
+        return lambda some: [sum(s["score"] for s in some) / len(some)] * len(some)
     if name == "gap":
-        return largest_gap
+        return lambda some: [largest_gap([s["score"] for s in some])] * len(some)
+    if name == "place":
+        cut = otsu([s["score"] - s["usual"] for s in sentences])
+        return lambda some: [s["usual"] + cut for s in some]
     try:
-        tau = (otsu(all_scores()) if name == "otsu" else
-               float(np.quantile(all_scores(), float(name.partition(":")[2]))) if name.startswith("quantile:") else float(name))
+        scores = [s["score"] for s in sentences]
+        tau = (otsu(scores) if name == "otsu" else
+               float(np.quantile(scores, float(name.partition(":")[2]))) if name.startswith("quantile:") else float(name))
     except ValueError:
-        fail(f"--threshold {name}: not otsu, mean, gap, quantile:Q with Q in [0, 1], or a number")
-    return lambda scores: tau
+        fail(f"--threshold {name}: not place, otsu, mean, gap, quantile:Q with Q in [0, 1], or a number")
+    return lambda some: [tau] * len(some)
 
 
 # ------------------------------------------------------------------- which sentences, which words
@@ -74,35 +107,54 @@ def best_span(scores):
     [0.1, 0.2, 0.8, 0.7, 0.2] has mean 0.4, hence -0.3 -0.2 +0.4 +0.3 -0.2 and the run (2, 3).
     """
     sums = np.concatenate([[0], np.cumsum(np.asarray(scores) - np.mean(scores))]).round(9)
-    lowest = np.minimum.accumulate(sums[:-1])                   # run (i, j) has the sum sums[j + 1] - sums[i]
-    gains = sums[1:] - lowest
-    last = len(gains) - 1 - int(gains[::-1].argmax())
-    return int((sums[:last + 1] == lowest[last]).argmax()), last
+    lowest = np.minimum.accumulate(sums[:-1])                       # the run (i, j) has the sum sums[j + 1] - sums[i]
+    sinks = np.concatenate([[True], lowest[1:] < lowest[:-1]])
+    first = np.maximum.accumulate(np.where(sinks, np.arange(len(scores)), 0))          # the best start for each end
+    gains = (sums[1:] - lowest).round(9)
+    last = max(np.flatnonzero(gains == gains.max()), key=lambda j: j - first[j])
+    return int(first[last]), int(last)
 
 
-def mask_caption(record, tau_of, granularity, select, max_masks, rng):
+def mask_caption(record, usual, tau_of, granularity, select, max_masks, rng):
     """The mask records of one scored caption; select "random" hides as many, as long, elsewhere: the control."""
-    caption, sentences = record["caption"], record["sentences"]
+    caption = record["caption"]
     if MASK in caption:
         raise BadRecord(f"the caption contains {MASK} itself")
-    if not sentences:
+    if not record["sentences"]:
         raise BadRecord("no sentences")
-    tau = tau_of([s["score"] for s in sentences])
-    chosen = sorted((s for s in sentences if s["score"] >= tau), key=lambda s: -s["score"])[:max_masks]
-    if select == "random":
-        chosen = rng.sample(sentences, len(chosen))
+    sentences = annotate(record, usual)
+    for sentence, tau in zip(sentences, tau_of(sentences)):
+        sentence["tau"] = tau
+    chosen = sorted((s for s in sentences if s["score"] >= s["tau"]), key=lambda s: s["tau"] - s["score"])[:max_masks]
+    spans = [(s, *best_span([w["score"] - w["usual"] for w in s["words"]])) for s in chosen]
+    if select == "random":                     # each as long as a chosen one, in another random sentence with room for it
+        left, spans, lengths = list(sentences), [], sorted((last - first for _, first, last in spans), reverse=True)
+        for length in lengths if granularity == "span" else [0] * len(chosen):
+            s = left.pop(rng.choice([i for i, s in enumerate(left) if len(s["words"]) > length]))
+            first = rng.randrange(len(s["words"]) - length)
+            spans.append((s, first, first + length))
     masks = []
-    for s in sorted(chosen, key=lambda s: s["start"]):
+    for s, first, last in sorted(spans, key=lambda span: span[0]["start"]):
         start, end = s["start"], s["end"]
         if granularity == "span":
-            first, last = best_span([w["score"] for w in s["words"]])
-            if select == "random":
-                first, last = (lambda at: (at, at + last - first))(rng.randrange(len(s["words"]) - (last - first)))
             start, end = s["words"][first]["start"], s["words"][last]["end"]
         masks.append({"id": record["id"], "image": record["image"], "masked_caption": caption[:start] + MASK + caption[end:],
                       "answer": caption[start:end], "sentence": caption[s["start"]:start] + MASK + caption[end:s["end"]],
-                      "start": start, "end": end, "score": s["score"], "threshold": round(tau, 6)})
+                      "start": start, "end": end, "score": s["score"], "threshold": round(s["tau"], 6)})
     return masks
+
+
+def read_scores(path):
+    """read_jsonl of a scores file; a record whose sentences do not fit its caption, or lack scores, is a BadRecord."""
+    for number, row in read_jsonl(path, ("id", "image", "caption", "sentences")):
+        try:
+            for s in () if isinstance(row, BadRecord) else row["sentences"]:
+                if row["caption"][s["start"]:s["end"]] != s["text"] or not s["words"]:
+                    raise ValueError
+                sum([s["score"], *(w["score"] for w in s["words"])])
+        except (KeyError, TypeError, ValueError):
+            row = BadRecord("its sentences do not fit its caption or lack scores: score it again")
+        yield number, row
 
 
 def main():
@@ -110,7 +162,7 @@ def main():
     add = parser.add_argument
     add("--scores", default="runs/toy/scores_train.jsonl", help="(%(default)s)")
     add("--out", default="runs/toy/masks_train.jsonl", help="(%(default)s)")
-    add("--threshold", default="otsu", help="otsu, mean, gap, quantile:Q or a number (%(default)s: best in the toy world)")
+    add("--threshold", default="place", help="place, otsu, mean, gap, quantile:Q or a number (%(default)s: best in the toy world)")
     add("--granularity", default="span", choices=("sentence", "span"), help="what is hidden (%(default)s)")
     add("--select", default="dependency", choices=("dependency", "random"), help="random is the control (%(default)s)")
     add("--max-masks", type=int, default=4, help="masks a caption, those of highest score first (%(default)s)")
@@ -118,26 +170,28 @@ def main():
     args = parser.parse_args()
 
     rank, _, _ = distributed()
-    def all_scores():
-        found = [s["score"] for _, row in read_jsonl(args.scores, ("sentences",)) if not isinstance(row, BadRecord)
-                 for s in row["sentences"]]
-        return found or fail(f"{args.scores}: no scored sentence in it; it should be the output of score_dependency.py")
-    tau_of = threshold_rule(args.threshold, all_scores)
+    scored = [row for _, row in read_scores(args.scores) if not isinstance(row, BadRecord) and row["sentences"]]
+    if not scored:
+        fail(f"{args.scores}: no scored caption in it; it should be the output of score_dependency.py")
+    usual = usual_scores([[w["score"] for s in row["sentences"] for w in s["words"]] for row in scored])
+    sentences = [s for row in scored for s in annotate(row, usual)]
+    tau_of = threshold_rule(args.threshold, sentences)
     settings = {"stage": "build_masks", **{k: v for k, v in vars(args).items() if k != "out"}, "scores": fingerprint(args.scores)}
 
     def process(rows):
-        return [mask_caption(row, tau_of, args.granularity, args.select, args.max_masks,
+        return [mask_caption(row, usual, tau_of, args.granularity, args.select, args.max_masks,
                              random.Random(f"{args.seed} {row['id']}")) for row in rows]
 
-    counts = map_jsonl(read_jsonl(args.scores, ("id", "image", "caption", "sentences")), process, args.out, settings,
+    counts = map_jsonl(read_scores(args.scores), process, args.out, settings,
                        args.scores, batch_size=64)
     if rank == 0:
-        scores, masks = all_scores(), [row for _, row in read_jsonl(args.out, ())]
+        masks = [row for _, row in read_jsonl(args.out, ())]
         if not masks:
             fail(f"{args.out}: nothing was masked; lower --threshold")
         hidden = np.mean([len(m["answer"]) / (len(m["masked_caption"]) - len(MASK) + len(m["answer"])) for m in masks])
-        print(f"threshold {args.threshold}: {masks[0]['threshold']} in the first caption; {len(masks)} of {len(scores)} "
-              f"sentences masked, {len(scores) - len(masks)} dropped (below the threshold, or beyond --max-masks)")
+        low, high = min(m["threshold"] for m in masks), max(m["threshold"] for m in masks)
+        print(f"threshold {args.threshold}: tau from {low:.3f} to {high:.3f}; {len(masks)} of {len(sentences)} sentences "
+              f"masked, {len(sentences) - len(masks)} dropped (below tau, or beyond --max-masks)")
         for m in masks[:5]:
             print(f"  {m['score']:.3f}  {m['sentence'][:60]}  <-  {m['answer'][:40]}")
         print(f"{args.out}: {counts['written']} masks of {counts['rows'] - counts['skipped']} captions, {counts['skipped']} "

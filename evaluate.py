@@ -22,6 +22,7 @@ out:  OUT/predictions.jsonl {id, image, sentence, start, end, answer, condition,
       OUT/results.json {condition: {metric: mean}, reliance: {...}}
 """
 import argparse
+import contextlib
 import json
 from pathlib import Path
 
@@ -41,16 +42,18 @@ METRICS = ("exact_match", "prefix_credit", "word_credit", "visual_agreement", "f
 def generate(policy, processor, texts, images, max_new_tokens):
     """Greedy completions of B prompts; images: a list of PIL images for each. Special tokens are left out."""
     prompts = [chat_prompt(processor, text, len(pictures)) for text, pictures in zip(texts, images)]
-    batch = encode_prompts(policy.model, processor, prompts, images)
+    batch = encode_prompts(policy.model, processor, prompts, images, room=max_new_tokens)
     ids, mask = policy.sample(*policy.prefill(batch, 1), batch["position_ids"], torch.zeros(len(texts), max_new_tokens))
     return processor.tokenizer.batch_decode([row[m.bool()] for row, m in zip(ids, mask)], skip_special_tokens=True)
 
 
-def other_images(records):
-    """For each record the image of a record half the file away, or the next one behind it that is a different image."""
-    names = [r["image"] for r in records]
-    return [next((names[(i + len(names) // 2 + j) % len(names)] for j in range(len(names))
-                  if names[(i + len(names) // 2 + j) % len(names)] != name), None) for i, name in enumerate(names)]
+def other_image(names, i, load):
+    """load(name) of a picture that differs from names[i]: half the list away, or the next readable one; None if none."""
+    for j in range(len(names)):
+        name = names[(i + len(names) // 2 + j) % len(names)]
+        if name != names[i]:
+            with contextlib.suppress(BadRecord):
+                return load(name)
 
 
 def measure(record, prediction, tokenizer):
@@ -98,8 +101,9 @@ def main():
     good = [r for _, r in rows if not isinstance(r, BadRecord)]
     if not good:
         fail(f"{args.data}: no record with {', '.join(fields)}; it should be the output of build_masks.py")
-    for record, other in zip(good, other_images(good)):
-        record["other"] = other
+    names, load = [r["image"] for r in good], lambda name: load_image(root, name, args.max_pixels)
+    for i, record in enumerate(good):
+        record["place"] = i
 
     def process(records):
         if not loaded:
@@ -107,9 +111,10 @@ def main():
             loaded.extend((Policy(model, processor, temperature=0), processor, load_reward(args, good, root, args.max_pixels, device)))
         policy, processor, reward = loaded
         texts = [FILL_PROMPT.format(masked_caption=r["masked_caption"]) for r in records]
-        real = [load_image(root, r["image"], args.max_pixels) for r in records]
+        real = [load(r["image"]) for r in records]
+        others = [other_image(names, r["place"], load) for r in records]
         shown = {"real": real, "blank": [Image.new("RGB", i.size, (127, 127, 127)) for i in real],
-                 "shuffled": [load_image(root, r["other"] or r["image"], args.max_pixels) for r in records]}
+                 "shuffled": [other or image for other, image in zip(others, real)]}
         predictions = {c: generate(policy, processor, texts, [[i] for i in shown[c]], args.max_new_tokens) for c in CONDITIONS}
         parts = reward(records, real, list(zip(*predictions.values())))
         made = []
@@ -118,7 +123,7 @@ def main():
             made.append([{**kept, "condition": c, "prediction": predictions[c][b],
                           **measure(record, predictions[c][b], processor.tokenizer),
                           **({"visual_agreement": round(parts["visual"][b, j].item(), 6)} if "visual" in parts else {})}
-                         for j, c in enumerate(CONDITIONS) if c != "shuffled" or record["other"]])
+                         for j, c in enumerate(CONDITIONS) if c != "shuffled" or others[b]])
         return made
 
     settings = {"stage": "evaluate", **{k: v for k, v in vars(args).items() if k not in ("out", "batch_size", "image_root")},

@@ -52,7 +52,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.utils import logging as hf_logging
 
-from reward import FILL_PROMPT, advantages, add_arguments, format_completion, load_reward
+from reward import FILL_PROMPT, advantages, add_arguments, load_reward, target_completion
 from score_dependency import (BadRecord, chat_prompt, cli, distributed, encode_prompts, encode_responses, fail, fingerprint,
                               load_image, load_vlm, read_jsonl, response_positions, same_run, token_logps, write_atomically)
 
@@ -214,8 +214,8 @@ def uniforms_of(step, prompts, group, length, seed):
 class Prompts:
     """The masked captions of a file as model inputs. A record that cannot be used gives way to the next good one."""
 
-    def __init__(self, path, root, max_pixels, model, processor):
-        self.root, self.max_pixels, self.model, self.processor, self.bad = root, max_pixels, model, processor, {}
+    def __init__(self, path, root, max_pixels, room, model, processor):
+        self.root, self.max_pixels, self.room, self.model, self.processor, self.bad = root, max_pixels, room, model, processor, {}
         fields, self.records = ("id", "image", "masked_caption", "sentence", "answer"), []
         for number, row in read_jsonl(path, fields):
             if isinstance(row, BadRecord):
@@ -236,7 +236,7 @@ class Prompts:
         try:
             images = [load_image(self.root, r["image"], self.max_pixels) for r in records]
             texts = [chat_prompt(self.processor, FILL_PROMPT.format(masked_caption=r["masked_caption"])) for r in records]
-            return records, images, encode_prompts(self.model, self.processor, texts, [[i] for i in images])
+            return records, images, encode_prompts(self.model, self.processor, texts, [[i] for i in images], self.room)
         except BadRecord as e:
             if len(chosen) == 1:
                 self.bad[chosen[0]] = str(e)
@@ -352,7 +352,7 @@ def main():
     if args.beta and not sft:
         reference = Policy(load_vlm(args.model, device, args.trust_remote_code)[0], processor, args.temperature)
     root = args.image_root or Path(args.data).parent
-    prompts = Prompts(args.data, root, args.max_pixels, model, processor)
+    prompts = Prompts(args.data, root, args.max_pixels, args.max_new_tokens, model, processor)
     freeze_unused(policy, prompts([0])[2])
     net = DistributedDataParallel(policy) if world > 1 else policy
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -385,7 +385,7 @@ def main():
                     # 1. rollout (or the given tokens) and log-probs, from one pass over the prompts
                     tick, known = time.time(), rollouts[i] or {}
                     if sft:
-                        texts = [format_completion(r["answer"]) for r in records]
+                        texts = [target_completion(r) for r in records]
                         known = dict(zip(("ids", "mask"), encode_responses(processor, texts, device, policy.stop[0])))
                     uniforms = None if known else uniforms_of(step, places or [0], group, args.max_new_tokens, args.seed).to(device)
                     with autocast():

@@ -56,9 +56,10 @@ TAG = re.compile(r"</?(?:think|answer)>")
 # ------------------------------------------------------------------- format: the gate
 
 
-def format_completion(answer, think=""):
-    """The completion that gives `answer`: what imitation (SFT) learns to write."""
-    return f"<think>{think}</think><answer>{answer}</answer>"
+def target_completion(record):
+    """What imitation (SFT) learns to write for a mask record. Captions hold no reasoning, so the thought is only the
+    sentence read up to the mask: 'In the middle is a [MASK].' gives <think>In the middle is a</think><answer>..."""
+    return f"<think>{record['sentence'].partition(MASK)[0].strip()}</think><answer>{record['answer']}</answer>"
 
 
 def parse_completion(text):
@@ -69,7 +70,7 @@ def parse_completion(text):
     match = COMPLETION.fullmatch(text)
     if not match or any(TAG.search(part) for part in match.groups()):
         return None
-    return match[2].strip() or None
+    return match[2].strip() if normalise(match[2]) else None
 
 
 # ------------------------------------------------------------------- semantic: answer against caption
@@ -132,9 +133,15 @@ def against_images(own, others):
 
 
 def against_answers(scores, texts):
-    """softmax of `scores` (G,), in nats, over the distinct `texts` (G): p(text | image), each text counted once."""
-    first = {t: i for i, t in enumerate(texts)}
-    return (scores - scores[list(first.values())].logsumexp(0)).exp()
+    """softmax of `scores` (G,), in nats, over the distinct `texts` (G): p(text | image), each text counted once.
+
+    A text of None does not take part and gets 0.
+    """
+    first = {t: i for i, t in enumerate(texts) if t is not None}
+    if not first:
+        return torch.zeros_like(scores)
+    taking_part = torch.tensor([t is not None for t in texts], device=scores.device)
+    return (scores - scores[list(first.values())].logsumexp(0)).exp() * taking_part
 
 
 class ClipScorer:
@@ -144,11 +151,13 @@ class ClipScorer:
     def __init__(self, name, weights=None, others=(), device="cpu"):
         name = f"local-dir:{name}" if Path(name).is_dir() else name
         try:
-            model, _, self.preprocess = open_clip.create_model_and_transforms(name, weights, device=device)
+            model, _, self.preprocess = open_clip.create_model_and_transforms(name, weights, device=device,
+                                                                                          require_pretrained=True)
             self.tokenizer = open_clip.get_tokenizer(name)
         except Exception as e:            # open_clip raises RuntimeError, KeyError, OSError and plain Exception for this
-            fail(f"--clip {name} {weights or ''} cannot be loaded: {str(e).strip().splitlines()[0]}")
+            fail(f"--clip {name} {weights or ''} cannot be loaded: {str(e).strip().splitlines()[0].partition(' Available:')[0]}")
         self.model, self.device, self.cut = model.eval(), device, 0
+        self.pad = getattr(getattr(self.tokenizer, "tokenizer", None), "pad_token_id", None) or 0   # SimpleTokenizer pads with 0
         self.others = self.image_features(others) if len(others) else None
 
     @torch.no_grad()
@@ -159,21 +168,22 @@ class ClipScorer:
     @torch.no_grad()
     def text_features(self, texts):
         tokens = self.tokenizer(texts).to(self.device)
-        self.cut += int((tokens != 0).all(-1).sum())                # no padding left: the end was cut, or just fits
+        self.cut += int((tokens != self.pad).all(-1).sum())                # no padding left: the end was cut, or just fits
         return self.model.encode_text(tokens, normalize=True).float()                                      # (N, D)
 
     def __call__(self, images, texts, relative):
-        """The visual part (B, G) of texts[b][g] for images[b], in [0, 1]; relative: images, answers or none."""
-        unique = list(dict.fromkeys(t for group in texts for t in group))
-        text = self.text_features(unique)[[unique.index(t) for group in texts for t in group]]
-        text = text.view(len(images), -1, text.shape[-1])                                                  # (B, G, D)
+        """The visual part (B, G) of texts[b][g] for images[b], in [0, 1]; relative: images, answers or none. None earns 0."""
+        index = {t: i for i, t in enumerate(dict.fromkeys(t for group in texts for t in group if t is not None))}
+        if not index:
+            return torch.zeros(len(texts), len(texts[0]))
+        rows = torch.tensor([[index.get(t, 0) for t in group] for group in texts], device=self.device)
+        text = self.text_features(list(index))[rows]                                                       # (B, G, D)
         cosine = torch.einsum("bd,bgd->bg", self.image_features(images), text)
         scale = self.model.logit_scale.exp()
-        if relative == "none":
-            return cosine.clamp(0, 1)
         if relative == "answers":
-            return torch.stack([against_answers(s, t) for s, t in zip(scale * cosine, texts)])
-        return against_images(scale * cosine, scale * text @ self.others.T)
+            return torch.stack([against_answers(s, t) for s, t in zip(scale * cosine, texts)]).cpu()
+        visual = cosine.clamp(0, 1) if relative == "none" else against_images(scale * cosine, scale * text @ self.others.T)
+        return visual.cpu() * torch.tensor([[t is not None for t in group] for group in texts])
 
 
 # ------------------------------------------------------------------- the reward
@@ -195,10 +205,9 @@ class Reward:
             parts["semantic"] = torch.tensor([[semantic_credit(a, r["answer"], self.credit, self.tokenizer) if a else 0.0
                                                for a in group] for r, group in zip(records, answers)])
         if "visual" in self.weights:
-            fair = torch.tensor([[float(a is not None and not too_long(a, r["answer"])) for a in group]
-                                 for r, group in zip(records, answers)])
-            texts = [[r["sentence"].replace(MASK, a or "") for a in group] for r, group in zip(records, answers)]
-            parts["visual"] = self.clip(images, texts, self.relative).cpu() * fair
+            texts = [[r["sentence"].replace(MASK, a) if a and not too_long(a, r["answer"]) else None for a in group]
+                     for r, group in zip(records, answers)]
+            parts["visual"] = self.clip(images, texts, self.relative)
         return parts
 
 
@@ -209,9 +218,10 @@ def advantages(parts, weights, scale=True, eps=1e-4):
     """
     total = 0
     for name, weight in weights.items():
-        centred = parts[name] - parts[name].mean(-1, keepdim=True)
-        total = total + weight * (centred / (parts[name].std(-1, keepdim=True) + eps) if scale else centred)
-    return total
+        part = parts[name].double()                         # in fp32 the mean of equal values is off by an ulp, 1e-3 of eps
+        centred = part - part.mean(-1, keepdim=True)
+        total = total + weight * (centred / (part.std(-1, keepdim=True) + eps) if scale else centred)
+    return total.float()
 
 
 def add_arguments(parser, w_semantic=1.0, w_visual=1.0):
@@ -238,6 +248,8 @@ def load_reward(args, records, root, max_pixels, device, tokenizer=None):
                 others += [load_image(root, name, max_pixels)] if len(others) < args.clip_others else []
             except BadRecord:
                 continue
+        if not others and args.relative == "images":
+            fail("--relative images needs --clip-others of at least 1 and a readable image")
         clip = ClipScorer(args.clip, args.clip_weights, others, device)
     return Reward(weights, args.credit, args.relative, tokenizer, clip)
 

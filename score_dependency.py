@@ -7,7 +7,8 @@ sentence s is the share of attention that its tokens pay to the picture (MMRPT, 
 
 L = the chosen layers, V = the visual tokens, T = the caption's tokens, A_l = attention of layer l.
 Ours, as no code was published: heads are averaged before the ratio; chat template, BOS and question are neither in V
-nor in T (they are attention sinks); the same mean over the tokens of a word scores the word.
+nor in T (they are attention sinks); a word is scored by the steps that *produce* its tokens, A_l(t - 1, .), because what
+position t attends to decides token t + 1.
 
     python score_dependency.py                                                   # the toy world
     python score_dependency.py --model Qwen/Qwen2.5-VL-3B-Instruct --data captions.jsonl --out scores.jsonl
@@ -44,11 +45,11 @@ CAPTION_PROMPT = "Describe this image in detail."
 
 # ------------------------------------------------------------------- text: sentences and words as character spans
 
-ABBREVIATION = re.compile(r"(?:^|[\s(\"'“‘])(?:mr|mrs|ms|dr|prof|st|sr|jr|vs|etc|cf|fig|no|approx|ca|inc|co|mt|ave|dept|"
+ABBREVIATION = re.compile(r"^\s*\d+\.$|(?:^|[\s(\"'“‘])(?:mr|mrs|ms|dr|prof|st|sr|jr|vs|etc|cf|fig|no|approx|ca|inc|co|mt|ave|dept|"
                           r"est|vol|pp|(?:[a-z]\.)*[a-z])\.$", re.IGNORECASE)
-SENTENCE_END = re.compile(r"[。！？]+[”’」』）]*|[.!?…]+[\"'”’)\]»]*(?=\s|$)|\n+")
-CJK = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-PUNCTUATION = r"\s!-/:-@\[-`{-~\u00a1-\u00bf\u060c\u061b\u061f\u0964\u2010-\u205e\u3000-\u303f\uff01-\uff0f\uff1a-\uff20"
+SENTENCE_END = re.compile(r"[。！？।؟۔]+[”’」』）]*|[.!?…]+[\"'”’)\]»]*(?=\s|$)|\n+")
+CJK = "\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+PUNCTUATION = r"\s!-/:-@\[-`{-~\u00a1-\u00a9\u00ab-\u00b4\u00b6-\u00b9\u00bb-\u00bf\u060c\u061b\u061f\u06d4\u0964\u2010-\u205e\u3000-\u3004\u3008-\u303f\uff01-\uff0f\uff1a-\uff20"
 WORD = re.compile(f"[{CJK}]|[^{CJK}{PUNCTUATION}]+(?:[.,:'’/&_-][^{CJK}{PUNCTUATION}]+)*")  # 3.5, don't, well-lit: one
 
 
@@ -91,20 +92,24 @@ def fail(message):
     raise SystemExit(f"error: {message}")
 
 
+TEXT = ("image", "caption", "masked_caption", "sentence", "answer", "prediction")           # fields that must be strings
+
+
 def read_jsonl(path, fields):
     """Yields (line number, dict with all `fields`), or (line number, BadRecord)."""
     if not Path(path).is_file():
         fail(f"{path}: no such file")
-    with open(path, encoding="utf-8", errors="replace") as lines:
+    with open(path, encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-                missing = [f for f in fields if f not in row] if isinstance(row, dict) else list(fields)
-                yield number, BadRecord(f"lacks {', '.join(missing)}") if missing else row
-            except json.JSONDecodeError as e:
-                yield number, BadRecord(f"not JSON ({e.msg} at column {e.colno})")
+                missing = [f for f in fields if f not in row or f in TEXT and not isinstance(row[f], str)] if isinstance(
+                    row, dict) else list(fields)
+            except (ValueError, RecursionError) as e:
+                row, missing = BadRecord(f"not JSON ({e})"), []
+            yield number, BadRecord(f"lacks {', '.join(missing)}, or it is no text") if missing else row
 
 
 def read_captions(path):
@@ -112,9 +117,11 @@ def read_captions(path):
     rows, seen = read_jsonl(path, ()), set()
     if Path(path).suffix == ".json":
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            rows = enumerate(_coco(data) if isinstance(data, dict) else data, 1)
-        except (OSError, ValueError, KeyError) as e:
+            data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            rows = enumerate(_coco(data) if isinstance(data, dict) else list(data) * isinstance(data, list), 1)
+            if not isinstance(data, (dict, list)):
+                raise TypeError(f"a {type(data).__name__}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             fail(f"{path}: neither a list of conversations nor COCO captions ({type(e).__name__}: {e})")
     for number, row in rows:
         try:
@@ -127,36 +134,42 @@ def read_captions(path):
                 raise BadRecord("image and caption must be strings")
             if record["id"] in seen:
                 raise BadRecord(f"id {record['id']!r} stands twice")
+            "".join(record.values()).encode()                         # half a surrogate pair raises: it could not be written
             seen.add(record["id"])
         except BadRecord as e:
             record = e
-        except (KeyError, TypeError, StopIteration) as e:
+        except (KeyError, TypeError, StopIteration, UnicodeEncodeError) as e:
             record = BadRecord(f"not a caption record ({type(e).__name__} {e})")
         yield number, record
 
 
 def _coco(data):
-    captions = collections.defaultdict(list)
-    for annotation in data["annotations"]:
-        text = annotation["caption"].strip()
-        captions[annotation["image_id"]].append(text if text.endswith((".", "!", "?")) else text + ".")
-    return [{"id": i["id"], "image": i["file_name"], "caption": " ".join(captions[i["id"]])} for i in data["images"]]
+    captions, broken = collections.defaultdict(list), []
+    for n, annotation in enumerate(data["annotations"], 1):
+        text = annotation.get("caption")
+        if isinstance(text, str) and "image_id" in annotation:
+            captions[annotation["image_id"]].append(text.strip() + "." * (not text.strip().endswith((".", "!", "?"))))
+        else:
+            broken.append(BadRecord(f"annotation {n} lacks image_id or caption"))
+    return [{"id": i.get("id"), "image": i.get("file_name"), "caption": " ".join(captions[i.get("id")])} for i in data["images"]] + broken
 
 
 def load_image(root, name, max_pixels):
     """PIL image root/name in RGB: upright (EXIF), first frame, transparency on white, at most max_pixels large."""
-    path = (Path(root) / name).resolve()
-    if not path.is_relative_to(Path(root).resolve()):
+    path = Path(root) / name
+    if os.path.isabs(name) or os.path.normpath(name).startswith(".."):           # links below the root may lead anywhere
         raise BadRecord(f"image {name} lies outside the image root {root}")
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):                                    # convert() would clip all shades to white
+                image = image.point(lambda shade: shade / 256).convert("L")
             if image.has_transparency_data:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             image = image.convert("RGB")
     except FileNotFoundError:
         raise BadRecord(f"image {path} does not exist") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as e:      # RuntimeError: AVIF
         raise BadRecord(f"image {path} cannot be read ({e})") from None
     scale = (max_pixels / (image.width * image.height)) ** 0.5
     if scale < 1:     # resized here, because not every processor heeds from_pretrained(max_pixels=) (transformers#41955)
@@ -302,14 +315,20 @@ def load_vlm(name, device, trust_remote_code=False, dtype=None):
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
         model = AutoModelForImageTextToText.from_pretrained(
             name, dtype=dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        fail(f"{name} cannot be loaded as a vision-language model: {str(e).strip().splitlines()[0]}")
+    except Exception as e:             # transformers, tokenizers, safetensors and torch each raise their own for a broken file
+        fail(f"{name} cannot be loaded as a vision-language model: {(str(e).strip() or type(e).__name__).splitlines()[0]}")
     for what, there in (("image processor", getattr(processor, "image_processor", None)),
                         ("chat template", getattr(processor, "chat_template", None)),
                         ("image token", getattr(model.config, "image_token_id", None)),
                         ("fast tokenizer", getattr(getattr(processor, "tokenizer", None), "is_fast", None))):
         if there is None or there is False:
             fail(f"{name} has no {what}: choose an instruction-tuned vision-language checkpoint")
+    try:
+        placed = processor.image_token in chat_prompt(processor, CAPTION_PROMPT)
+    except Exception as e:                                                                      # whatever a template raises
+        fail(f"{name}: its chat template cannot be used ({e})")
+    if not placed:
+        fail(f"{name}: its chat template places no image: choose an instruction-tuned vision-language checkpoint")
     return model.to(device).eval(), processor
 
 
@@ -321,21 +340,24 @@ def chat_prompt(processor, text, images=1):
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
 
 
-def encode_prompts(model, processor, prompts, images):
+def encode_prompts(model, processor, prompts, images, room=0):
     """Model inputs of B left-padded prompts; images: a list of PIL images for each prompt.
 
     Returns a dict on the model's device: input_ids, attention_mask (B, P), the family's pixel tensors, and position_ids
     (B, P), or (3, B, P) for the M-RoPE of Qwen-VL. Never truncates, which would cut through visual tokens; a prompt
     without visual tokens or longer than the model's positions is a BadRecord.
     """
-    batch = dict(processor(text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt"))
+    try:
+        batch = dict(processor(text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt"))
+    except ValueError as e:                                  # a picture of 1000 x 1 pixels, a video token in the text
+        raise BadRecord(f"the processor refuses it ({e})") from None
     mask, visual = batch["attention_mask"], batch["input_ids"] == model.config.image_token_id
     limit = model.config.get_text_config().max_position_embeddings
     if not visual.any(-1).all():
         raise BadRecord("no visual tokens: does the chat template of this checkpoint place images?")
-    if mask.sum(-1).max() > limit:
-        raise BadRecord(f"prompt of {mask.sum(-1).max()} tokens, {visual.sum(-1).max()} of them visual, exceeds the "
-                        f"model's {limit}: lower --max-pixels")
+    if mask.sum(-1).max() + room > limit:
+        raise BadRecord(f"prompt of {mask.sum(-1).max()} tokens, {visual.sum(-1).max()} of them visual, with {room} behind it exceeds "
+                        f"the model's {limit}: lower --max-pixels")
     batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()}
     if hasattr(model.model, "get_rope_index"):     # explicit positions: rope_deltas kept on the model go stale (PR#43952)
         grids = {k: v for k, v in batch.items() if k in ("mm_token_type_ids", "image_grid_thw")}
@@ -388,23 +410,23 @@ def token_logps(logits, ids):
 
 
 def visual_share(query, key, mask, scaling, visual, text):
-    """The inner fraction of eq. (1) for one layer: sum_V A / sum_{V u T} A of the last S rows, S = text.shape[1].
+    """The inner fraction of eq. (1) for one layer: sum_V A / sum_{V u T} A of the last R = S + 1 rows, S = text.shape[1].
 
     query (B, H, N, d), key (B, H_kv, N, d); mask: None (causal), boolean or additive (B, 1, N, N);
-    visual (B, N) and text (B, S) are boolean. Returns (B, S) in fp32. Of the N x N map only S rows of one group of heads
-    at a time exist.
+    visual (B, N) and text (B, S) are boolean. Returns (B, R) in fp32: the row that produces the first caption token, which
+    has no T yet and hence share 1, then those of the caption. Of the N x N map only R rows of one group of heads exist.
     """
-    S, groups, shares = text.shape[1], query.shape[1] // key.shape[1], 0
+    R, groups, shares = text.shape[1] + 1, query.shape[1] // key.shape[1], 0
     if mask is None:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
-    mask = mask[:, :, -S:]
+    mask = mask[:, :, -R:]
     for head in range(key.shape[1]):
-        q = query[:, head * groups:(head + 1) * groups, -S:].float()
-        scores = q @ key[:, head:head + 1].float().transpose(-1, -2) * scaling                     # (B, groups, S, N)
+        q = query[:, head * groups:(head + 1) * groups, -R:].float()
+        scores = q @ key[:, head:head + 1].float().transpose(-1, -2) * scaling                     # (B, groups, R, N)
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
         shares = shares + scores.softmax(-1).sum(1) / query.shape[1]                               # heads averaged
     to_visual = (shares * visual[:, None]).sum(-1)
-    to_text = (shares[:, :, -S:] * text[:, None]).sum(-1)
+    to_text = (shares[:, :, 1 - R:] * text[:, None]).sum(-1)
     return to_visual / (to_visual + to_text)
 
 
@@ -435,13 +457,14 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, images, captions, ablation=False):
-        """Per caption: (D_vis of each token, log-prob gain of the image for each token or None, token offsets)."""
+        """Per caption of S tokens: (S + 1 visual shares, S log-prob gains of the image or None, S character spans)."""
         prompt = chat_prompt(self.processor, CAPTION_PROMPT)
         ids, mask, offsets = encode_responses(self.processor, captions, self.model.device)
         gains = [None] * len(captions)
 
         def run(pictures):
-            batch = encode_prompts(self.model, self.processor, [prompt] * len(captions), [[p] for p in pictures])
+            batch = encode_prompts(self.model, self.processor, [prompt] * len(captions), [[p] for p in pictures],
+                                   ids.shape[1])
             batch = append_responses(batch, ids, mask)
             self.total, self.visual, self.text = 0, batch["input_ids"] == self.model.config.image_token_id, mask.bool()
             keep = ids.shape[1] + 1 if ablation else 1
@@ -455,17 +478,17 @@ class Scorer:
 
 
 def score_record(record, shares, gains, offsets):
-    """The output record: token values averaged over the tokens of each sentence and of each word."""
+    """The output record: shares (S + 1,) averaged over the tokens of each sentence, and over what produced each word."""
     def mean(values, span):
         inside = tokens_of(span, offsets)
         return round(sum(values[i] for i in inside) / len(inside), 6) if inside else None
 
     sentences = []
     for start, end in split_sentences(record["caption"]):
-        sentence = {"text": record["caption"][start:end], "start": start, "end": end, "score": mean(shares, (start, end))}
+        sentence = {"text": record["caption"][start:end], "start": start, "end": end, "score": mean(shares[1:], (start, end))}
         if gains:
             sentence["ablation"] = mean(gains, (start, end))
-        sentence["words"] = [{"start": s, "end": e, "score": mean(shares, (s, e))}
+        sentence["words"] = [{"start": s, "end": e, "score": mean(shares[:-1], (s, e))}
                              for s, e in split_words(record["caption"], start, end)]
         sentences.append(sentence)
     return {**record, "sentences": sentences}
@@ -490,6 +513,16 @@ def show(path, count=5):
         print(f"  {score:.3f} {'█' * round(score * 20):20s} {name:>8.8s}  {text[:70]}")
 
 
+def layer_list(text):
+    """'14-16,20' -> [14, 15, 16, 20]; argparse makes one line of the ValueError of anything else."""
+    layers = [i for part in text.split(",") for lo, _, hi in [part.partition("-")] for i in range(int(lo), int(hi or lo) + 1)]
+    return layers or int("empty")
+
+
+def positive(text):
+    return int(text) if int(text) > 0 else int("not positive")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -497,10 +530,10 @@ def main():
     add("--data", default="runs/toy/train.jsonl", help="captions (%(default)s)")
     add("--image-root", help="what image paths are relative to (the folder of --data)")
     add("--out", default="runs/toy/scores_train.jsonl", help="(%(default)s)")
-    add("--layers", help="decoder layers, from 0: 14-20 or 3,5,7 (upper-middle: the third quarter)")
-    add("--batch-size", type=int, default=16, help="captions a forward pass and rank; changes speed only (%(default)s)")
+    add("--layers", type=layer_list, help="decoder layers, from 0: 14-20 or 3,5,7 (upper-middle: the third quarter)")
+    add("--batch-size", type=positive, default=16, help="captions a forward pass and rank; changes speed only (%(default)s)")
     add("--max-pixels", type=int, default=1003520, help="larger images are shrunk: about 1,280 tokens of 28 x 28 (%(default)s)")
-    add("--limit", type=int, help="only the first so many records")
+    add("--limit", type=positive, help="only the first so many records")
     add("--ablation", action="store_true", help="also score by log p(text|image) - log p(text|grey): one more pass")
     add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     args = parser.parse_args()
@@ -512,9 +545,7 @@ def main():
 
     def process(rows):
         if not loaded:                                                  # not at all if all is done already
-            layers = args.layers and [i for part in args.layers.split(",") for lo, _, hi in [part.partition("-")]
-                                      for i in range(int(lo), int(hi or lo) + 1)]
-            loaded.append(Scorer(*load_vlm(args.model, device, args.trust_remote_code), layers))
+            loaded.append(Scorer(*load_vlm(args.model, device, args.trust_remote_code), args.layers))
             tqdm.write(f"{args.model} on {device}: layers {list(loaded[0].layers)}") if not rank else None
         for row in rows:
             if not split_sentences(row["caption"]):
@@ -525,6 +556,8 @@ def main():
 
     counts = map_jsonl(itertools.islice(read_captions(args.data), args.limit), process, args.out, settings, args.data,
                        args.batch_size)
+    if not counts["written"]:
+        fail(f"{args.data}: none of its {counts['rows']} records could be scored; {args.out}.run.json and what is above say why")
     if rank == 0:
         show(args.out)
         if args.ablation:

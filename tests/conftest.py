@@ -1,4 +1,5 @@
 """Shared by every test: the repository root on the path, no network, two threads, and one tiny checkpoint a family."""
+import json
 import os
 import sys
 from pathlib import Path
@@ -27,3 +28,34 @@ def checkpoint(tmp_path_factory):
         return built[family]
 
     return get
+
+
+@pytest.fixture
+def stage(monkeypatch, capsys):
+    """stage(module, *arguments) -> (error, printed): runs the script's main() here, which saves the seconds of a start."""
+    def run(module, *arguments):
+        error = None
+        capsys.readouterr()
+        with monkeypatch.context() as m:
+            m.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+            try:
+                module.cli(module.main)
+            except SystemExit as e:
+                error = str(e.code)
+        return error, "".join(capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A tiny random open_clip model with a context of 12 tokens, as the folder that --clip takes. Never write into it."""
+    import open_clip
+    config = {"embed_dim": 16, "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
+              "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}}
+    folder = tmp_path_factory.mktemp("clip")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.save(open_clip.CLIP(**config).state_dict(), folder / "open_clip_pytorch_model.bin")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"size": 16}}))
+    return folder

@@ -12,7 +12,7 @@ CAPTIONS = ["A large red circle is in the middle. A circle has no corners.", "Tw
 
 
 def slow_dependency(model, processor, image, caption, layers):
-    """D_vis of each token from full attention maps of an eager model, one caption at a time, loops and all."""
+    """The visual share of each caption token from full maps of an eager model, one caption at a time, loops and all."""
     ids, mask, _ = encode_responses(processor, [caption], CPU)
     batch = append_responses(encode_prompts(model, processor, [chat_prompt(processor, CAPTION_PROMPT)], [[image]]), ids, mask)
     maps = model(**batch, output_attentions=True, use_cache=False).attentions
@@ -40,7 +40,7 @@ def test_fused_visual_share_equals_full_attention_maps_in_a_padded_batch(checkpo
     for i, caption in enumerate(CAPTIONS):
         expected = slow_dependency(slow, processor, images[i], caption, [1, 2])
         assert len(expected) == len(fused[i][2])
-        assert fused[i][0][:len(expected)] == pytest.approx(expected, abs=1e-5)
+        assert fused[i][0][:len(expected) + 1] == pytest.approx([1, *expected], abs=1e-5)     # 1: no caption token yet
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -85,7 +85,7 @@ def test_visual_share_by_hand():
     key = torch.tensor([[3.0], [1], [1], [1]]).log()[None, None]
     share = visual_share(torch.ones(1, 1, 4, 1), key, None, 1.0, torch.tensor([[True, True, False, False]]),
                          torch.tensor([[True, True]]))
-    assert share[0].tolist() == pytest.approx([4 / 5, 4 / 6])                  # row 2 sees keys 0-2, row 3 keys 0-3
+    assert share[0].tolist() == pytest.approx([1, 4 / 5, 4 / 6])               # row 1 sees keys 0-1, row 2 0-2, row 3 0-3
 
 
 def test_heads_are_averaged_before_the_ratio():
@@ -93,16 +93,16 @@ def test_heads_are_averaged_before_the_ratio():
     key = torch.cat([torch.full((1, 2, 1, 1), 8.0).log(), key], 2)             # a sink before V and T: in neither
     share = visual_share(torch.ones(1, 2, 3, 1), key, None, 1.0, torch.tensor([[False, True, False]]), torch.tensor([[True]]))
     visual, text = 3 / 12 + 1 / 10, 1 / 12 + 1 / 10                             # softmax over sink, visual, text; per head
-    assert share.item() == pytest.approx(visual / (visual + text))
+    assert share[0, 1].item() == pytest.approx(visual / (visual + text))
 
 
-def test_word_and_sentence_scores_are_means_over_their_tokens():
+def test_sentences_average_the_rows_of_their_tokens_and_words_the_rows_before():
     record = {"id": "1", "image": "a.png", "caption": "Red cat. Dog."}
     offsets = [(0, 3), (3, 5), (5, 7), (7, 8), (8, 12), (12, 13)]               # "Red", " c", "at", ".", " Dog", "."
-    out = score_record(record, [0.9, 0.6, 0.4, 0.1, 0.2, 0.3], [1.0] * 6, offsets)
+    out = score_record(record, [1, 0.9, 0.6, 0.4, 0.1, 0.2, 0.3], [1.0] * 6, offsets)
     assert [s["text"] for s in out["sentences"]] == ["Red cat.", "Dog."]
     assert [s["score"] for s in out["sentences"]] == pytest.approx([(0.9 + 0.6 + 0.4 + 0.1) / 4, 0.25])
-    assert [w["score"] for w in out["sentences"][0]["words"]] == pytest.approx([0.9, 0.5])
+    assert [w["score"] for w in out["sentences"][0]["words"]] == pytest.approx([1, 0.75])
     assert out["sentences"][0]["ablation"] == 1.0
 
 
