@@ -30,7 +30,7 @@ import random
 
 import numpy as np
 
-from score_dependency import BadRecord, cli, distributed, fail, fingerprint, map_jsonl, read_jsonl
+from score_dependency import BadRecord, cli, distributed, fail, fingerprint, map_jsonl, read_jsonl, spearman
 
 MASK = "[MASK]"
 
@@ -110,8 +110,8 @@ def best_span(scores):
     lowest = np.minimum.accumulate(sums[:-1])                       # the run (i, j) has the sum sums[j + 1] - sums[i]
     sinks = np.concatenate([[True], lowest[1:] < lowest[:-1]])
     first = np.maximum.accumulate(np.where(sinks, np.arange(len(scores)), 0))          # the best start for each end
-    gains = (sums[1:] - lowest).round(9)
-    last = max(np.flatnonzero(gains == gains.max()), key=lambda j: j - first[j])
+    gains = sums[1:] - lowest
+    last = max(np.flatnonzero(gains > gains.max() - 1e-8), key=lambda j: j - first[j])
     return int(first[last]), int(last)
 
 
@@ -192,6 +192,11 @@ def main():
         low, high = min(m["threshold"] for m in masks), max(m["threshold"] for m in masks)
         print(f"threshold {args.threshold}: tau from {low:.3f} to {high:.3f}; {len(masks)} of {len(sentences)} sentences "
               f"masked, {len(sentences) - len(masks)} dropped (below tau, or beyond --max-masks)")
+        checked = [s for s in sentences if "ablation" in s]
+        if checked:
+            ablation, score, usual = zip(*((s["ablation"], s["score"], s["usual"]) for s in checked))
+            print(f"rank correlation with the image-ablation score: {spearman(score, ablation):.3f} of D_vis, "
+                  f"{spearman(np.subtract(score, usual), ablation):.3f} of D_vis less what its place usually scores")
         for m in masks[:5]:
             print(f"  {m['score']:.3f}  {m['sentence'][:60]}  <-  {m['answer'][:40]}")
         print(f"{args.out}: {counts['written']} masks of {counts['rows'] - counts['skipped']} captions, {counts['skipped']} "

@@ -26,8 +26,9 @@ Adding first and normalising after lets the part with the larger spread decide. 
 badly, visual undoes what captions prefer, and the weights mean what they say. A part that is equal for the whole
 group drops out.
 
-Guards: an answer of more than twice the target's words (plus two) gets no visual credit; CLIP reads the sentence, not
-the caption, and texts longer than its context are counted.
+Guards: saying less is never wrong about a picture, and an idle word costs nothing, so the visual part is multiplied by a
+length factor (without it the toy policy learned to leave out what it was unsure of; with BLEU's one-sided penalty, to
+write "a" before everything). CLIP reads the sentence, not the caption, and texts longer than its context are counted.
 
     python reward.py                                          # scores the toy world's predictions
     python reward.py --predictions eval/predictions.jsonl --clip ViT-B-32 --clip-weights laion2b_s34b_b79k
@@ -36,6 +37,7 @@ in:   JSONL {image, sentence, answer, prediction} (evaluate.py writes it); predi
 out:  the same records with their parts: {..., format, semantic, visual}
 """
 import argparse
+import math
 import re
 import unicodedata
 from pathlib import Path
@@ -44,11 +46,11 @@ import open_clip
 import torch
 
 from build_masks import MASK
-from score_dependency import (BadRecord, cli, distributed, fail, fingerprint, load_image, map_jsonl, read_jsonl)
+from score_dependency import (BadRecord, cli, distributed, fail, fingerprint, load_image, map_jsonl,
+                              read_jsonl, split_words)
 
-FILL_PROMPT = ("A part of this caption of the image is hidden behind " + MASK + ".\nCaption: {masked_caption}\n"
-               "Look at the image and write the hidden text as "
-               "<think>your reasoning</think><answer>the hidden text</answer>.")
+FILL_PROMPT = ("{masked_caption}\n\nThis caption of the image hides a part behind " + MASK + ". Look at the image and write the part as "
+               "<think>reasoning</think><answer>hidden text</answer>.")
 COMPLETION = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 TAG = re.compile(r"</?(?:think|answer)>")
 
@@ -120,8 +122,15 @@ def semantic_credit(answer, target, kind, tokenizer=None):
     return 0.0
 
 
-def too_long(answer, target):
-    return len(answer.split()) > 2 * len(target.split()) + 2 or len(answer) > 4 * len(target) + 16   # CJK has no spaces
+def length_factor(answer, target):
+    """What the length of an answer leaves of its visual credit: BLEU's brevity penalty, both ways; 0 far beyond the target.
+
+    Saying less is never wrong about a picture, and an idle word costs nothing, so a words for y keep exp(1 - max / min):
+    'large red' for 'large red circle' exp(-1/2) = 0.61, 'a large red circle' exp(-1/3) = 0.72; more than 2 y + 2 nothing.
+    Words are those of score_dependency.py, which counts CJK characters, as they have no spaces.
+    """
+    a, y = len(split_words(answer)), len(split_words(target))
+    return math.exp(1 - max(a, y) / min(a, y)) if 0 < a <= 2 * y + 2 and y else 0.0
 
 
 # ------------------------------------------------------------------- visual: filled sentence against picture
@@ -205,16 +214,17 @@ class Reward:
             parts["semantic"] = torch.tensor([[semantic_credit(a, r["answer"], self.credit, self.tokenizer) if a else 0.0
                                                for a in group] for r, group in zip(records, answers)])
         if "visual" in self.weights:
-            texts = [[r["sentence"].replace(MASK, a) if a and not too_long(a, r["answer"]) else None for a in group]
-                     for r, group in zip(records, answers)]
-            parts["visual"] = self.clip(images, texts, self.relative)
+            factor = torch.tensor([[length_factor(a or "", r["answer"]) for a in group] for r, group in zip(records, answers)])
+            texts = [[r["sentence"].replace(MASK, a) if a else None for a in group] for r, group in zip(records, answers)]
+            parts["visual"] = self.clip(images, texts, self.relative) * factor
         return parts
 
 
-def advantages(parts, weights, scale=True, eps=1e-4):
+def advantages(parts, weights, scale=True, eps=0.1):
     """Equation (2): {part: (B, G)} -> (B, G); scale=False leaves out the division by std (Dr. GRPO, 2503.20783).
 
-    Rewards (1, 0, 0, 1) have mean 1/2 and (unbiased) std 0.577, hence advantages +-0.866.
+    Rewards (1, 0, 0, 1) have mean 1/2 and (unbiased) std 0.577, hence advantages +-0.5 / 0.677. GRPO's eps is 1e-4; here it
+    is 0.1, so that CLIP's hair's breadth between two right answers is not blown up to the size of right and wrong.
     """
     total = 0
     for name, weight in weights.items():

@@ -497,7 +497,7 @@ def score_record(record, shares, gains, offsets):
 def spearman(x, y):
     """Rank correlation of two sequences, ties at their mean rank; nan if one is constant."""
     def ranks(values):
-        values = torch.tensor(values, dtype=torch.float64)
+        values = torch.as_tensor(values, dtype=torch.float64)
         _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
         return (counts.cumsum(0) - (counts - 1) / 2)[inverse]
     return torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1].item() if len(x) > 1 else float("nan")
@@ -560,9 +560,6 @@ def main():
         fail(f"{args.data}: none of its {counts['rows']} records could be scored; {args.out}.run.json and what is above say why")
     if rank == 0:
         show(args.out)
-        if args.ablation:
-            pairs = [(s["score"], s["ablation"]) for _, row in read_jsonl(args.out, ()) for s in row["sentences"]]
-            print(f"rank correlation of D_vis with the image-ablation score: {spearman(*zip(*pairs)):.3f}")
         print(f"{args.out}: {counts['written']} captions scored, {counts['skipped']} skipped. Next: build_masks.py --scores {args.out}")
 
 

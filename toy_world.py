@@ -6,7 +6,7 @@
 
 A picture holds two or three shapes; its caption mixes sentences that need the picture with general facts and filler:
 
-    "A circle has no corners. The top left holds a large red circle. A small white star sits in the bottom right."
+    "A circle has no corners. The top left holds a large red circle. In the bottom right we see a small white square."
 
 **Descriptive bias.** Every kind of shape has a stereotype colour (circles: red). Colours are painted evenly, but with
 probability `--bias` a caption gives an object the stereotype colour of its kind, as people write what such things
@@ -65,18 +65,16 @@ from score_dependency import (CAPTION_PROMPT, append_responses, chat_prompt, cli
 # ------------------------------------------------------------------- the world
 
 SIDE = 64                                                      # pixels: 4 x 4 patches of 16, so 16 visual tokens
-STEREOTYPE = {"circle": "red", "square": "blue", "triangle": "green", "star": "yellow"}
-COLOURS = {"red": (230, 20, 20), "blue": (20, 40, 230), "green": (20, 190, 40), "yellow": (245, 225, 20),
-           "white": (250, 250, 250), "black": (5, 5, 5)}
+STEREOTYPE = {"circle": "red", "square": "blue", "triangle": "green"}
+COLOURS = {"red": (230, 20, 20), "blue": (20, 40, 230), "green": (20, 190, 40), "white": (250, 250, 250), "black": (5, 5, 5)}
 RADII = {"small": (8, 9), "large": (13, 14)}                   # pixels, both ends included
 PLACES = {"top left": (16, 16), "top right": (48, 16), "bottom left": (16, 48), "bottom right": (48, 48)}
 SEEN = ("The {place} holds a {size} {colour} {kind}.", "In the {place} we see a {size} {colour} {kind}.",
         "At the {place} there is a {size} {colour} {kind}.", "The {place} is taken by a {size} {colour} {kind}.")
 KNOWN = ("A circle has no corners.", "A square has four equal sides.", "A triangle has three corners.",
-         "A star has several points.", "Every side of a square is straight.", "Circles roll and squares do not.",
-         "Stars are often drawn by children.", "Two triangles can form a square.",                       # facts
+         "Every side of a square is straight.", "Circles roll and squares do not.", "Two triangles can form a square.",  # facts
          "This is a simple picture.", "The background is plain.", "Shapes like these are easy to draw.",
-         "Nobody signed the picture.", "The drawing was made by a computer.")                            # filler
+         "Nobody signed the picture.", "The drawing was made by a computer.")                                          # filler
 
 
 def draw_shape(draw, kind, colour, x, y, r):
@@ -85,11 +83,8 @@ def draw_shape(draw, kind, colour, x, y, r):
         draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
     elif kind == "square":
         draw.rectangle((x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r), fill=colour)
-    elif kind == "triangle":
-        draw.polygon([(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)], fill=colour)
     else:
-        tips = [(1.12 * r if i % 2 == 0 else 0.42 * r, math.pi * i / 4) for i in range(8)]
-        draw.polygon([(x + length * math.sin(a), y - length * math.cos(a)) for length, a in tips], fill=colour)
+        draw.polygon([(x, y - r), (x + r, y + 0.8 * r), (x - r, y + 0.8 * r)], fill=colour)
 
 
 def sample_pair(rng, bias):
@@ -227,13 +222,13 @@ def make_base(tokenizer):
 
 
 def fill_example(rng, caption):
-    """{masked_caption, sentence, answer}: a whole sentence is hidden (one in six), or one to five words of one."""
+    """{masked_caption, sentence, answer}: two to four words of a sentence are hidden, or a whole one (one in eight)."""
     start, end = rng.choice(split_sentences(caption))
     sentence, before, after = caption[start:end], caption[:start], caption[end:]
     words = [m.span() for m in re.finditer(r"\w+", sentence)]
     first = rng.randrange(len(words))
-    start, end = words[first][0], words[min(first + rng.randrange(5), len(words) - 1)][1]
-    if rng.random() < 1 / 6:
+    start, end = words[first][0], words[min(first + rng.randint(1, 3), len(words) - 1)][1]
+    if rng.random() < 1 / 8:
         start, end = 0, len(sentence)
     masked = sentence[:start] + MASK + sentence[end:]
     return {"masked_caption": before + masked + after, "sentence": masked, "answer": sentence[start:end]}
@@ -250,7 +245,7 @@ def train_base(out, records, images, steps, batch_size, lr, seed, device):
 
     def loss_of(rows):
         pairs = [(CAPTION_PROMPT, records[i]["caption"]) for i in rows]
-        if next(done) > steps / 2 and rng.random() < 0.85:     # captions first: every token of them teaches to see
+        if next(done) > 0.35 * steps and rng.random() < 0.9:   # captions first: every token of them teaches to see
             hidden = [fill_example(rng, caption) for _, caption in pairs]
             pairs = [(FILL_PROMPT.format(masked_caption=h["masked_caption"]), target_completion(h)) for h in hidden]
         prompts, responses = zip(*pairs)
@@ -336,7 +331,9 @@ def dependency_metrics(scores, truth):
     if all("ablation" in s for s, _ in sentences):
         ablation = [s["ablation"] for s, _ in sentences]
         metrics |= {"ablation_auroc": auroc(ablation, needs),
-                    "dependency_vs_ablation_rank_correlation": spearman(values, ablation)}
+                    "dependency_vs_ablation_rank_correlation": spearman(values, ablation),
+                    "dependency_less_place_vs_ablation_rank_correlation":
+                        spearman([s["score"] - s["usual"] for s, _ in sentences], ablation)}
     return metrics
 
 
@@ -400,8 +397,8 @@ def stages(out, seed, small):
     score = ["score_dependency.py", "--model", f"{out}/base", "--limit", "100" if small else "1500"]
     mask = ["build_masks.py", "--seed", str(seed)]
     train = ["grpo_train.py", "--model", f"{out}/base", "--data", f"{out}/masks_train.jsonl", "--steps", "4" if small else "150",
-             "--seed", str(seed), "--clip", f"{out}/clip"]
-    test = ["evaluate.py", "--data", f"{out}/masks_val.jsonl", "--clip", f"{out}/clip", *(["--limit", "40"] if small else [])]
+             "--seed", str(seed), "--clip", f"{out}/clip", "--groups-per-forward", "32", "--log-every", "25"]
+    test = ["evaluate.py", "--batch-size", "64", "--data", f"{out}/masks_val.jsonl", "--clip", f"{out}/clip", *(["--limit", "40"] if small else [])]
     last = f"checkpoint-{4 if small else 150}"
     table = [
         ("score train", f"{out}/scores_train.jsonl", [*score, "--data", f"{out}/train.jsonl"]),
@@ -440,7 +437,7 @@ def main():
     add("--small", action="store_true", help="everything at a reduced size: whether it runs, not how well")
     args = parser.parse_args()
     out, here, seconds = Path(args.out), Path(__file__).parent, {}
-    n_train, n_val, base_steps, clip_steps = (300, 40, 60, 20) if args.small else (12000, 300, 900, 900)
+    n_train, n_val, base_steps, clip_steps = (300, 40, 60, 20) if args.small else (12000, 300, 850, 700)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     settings = {"bias": args.bias, "seed": args.seed, "small": args.small}

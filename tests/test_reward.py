@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from transformers import AutoProcessor
 
 import reward
-from reward import (ClipScorer, Reward, add_arguments, advantages, against_answers, against_images, exact_match, format_completion,
-                    load_reward, normalise, parse_completion, prefix_credit, semantic_credit, too_long, word_credit)
+from reward import (ClipScorer, Reward, add_arguments, advantages, against_answers, against_images, exact_match,
+                    length_factor, load_reward, normalise, parse_completion, prefix_credit, semantic_credit, target_completion,
+                    word_credit)
 from tiny import picture, tokenizer_of
 
 RECORD = {"sentence": "The top left holds a [MASK].", "answer": "large red circle"}
@@ -19,7 +20,7 @@ RED, NOISE = picture(1), [picture(seed) for seed in (2, 3, 4)]
 
 
 def completion(answer):
-    return format_completion(answer, "I look.")
+    return f"<think>I look.</think><answer>{answer}</answer>"
 
 
 # ------------------------------------------------------------------- format
@@ -52,7 +53,8 @@ def test_only_one_thought_and_one_answer_pass_the_gate(text, answer):
 
 
 def test_what_imitation_learns_to_write_passes_the_gate():
-    assert parse_completion(format_completion("3.5 m (large)")) == "3.5 m (large)"
+    target = target_completion({"sentence": "It is [MASK] wide.", "answer": "3.5 m (large)"})
+    assert target == "<think>It is</think><answer>3.5 m (large)</answer>" and parse_completion(target) == "3.5 m (large)"
 
 
 # ------------------------------------------------------------------- semantic
@@ -194,15 +196,18 @@ def test_a_wordy_answer_earns_no_visual_credit_and_a_broken_one_earns_nothing():
     clip = Generous()
     parts = Reward({"semantic": 1, "visual": 1}, clip=clip)([RECORD], [RED], [[*map(completion, answers), "large red circle"]])
     assert parts["format"].tolist() == [[1, 1, 1, 1, 0]]
-    assert parts["visual"].tolist() == [[1, 1, 0, 0, 0]]
+    assert parts["visual"].tolist() == [pytest.approx([1, 1, 0, math.exp(-2), 0])]
     assert parts["semantic"].tolist() == [pytest.approx([1, 1 / 3, 2 / 7, 0, 0])]
     assert clip.texts[0][1] == "The top left holds a big red disc."
 
 
-def test_too_long_counts_words_and_where_there_are_none_characters():
-    assert not too_long("one two three four five six seven eight", "large red circle")        # 2 x 3 + 2
-    assert too_long("one two three four five six seven eight nine", "large red circle")
-    assert not too_long("红" * 32, "红色圆形") and too_long("红" * 33, "红色圆形")                  # 4 x 4 + 16
+def test_visual_credit_falls_with_the_ratio_of_lengths_both_ways_and_is_nothing_far_above():
+    assert length_factor("large red circle", "large red circle") == 1
+    assert length_factor("large red", "large red circle") == pytest.approx(math.exp(-1 / 2))
+    assert length_factor("a large red circle", "large red circle") == pytest.approx(math.exp(-1 / 3))
+    assert length_factor("one two three four five six seven eight", "large red circle") > 0               # 2 x 3 + 2
+    assert length_factor("one two three four five six seven eight nine", "large red circle") == 0
+    assert length_factor("红色", "红色圆形") == pytest.approx(math.exp(-1)) and length_factor("", "red") == 0
 
 
 def test_a_part_of_weight_0_loads_nothing_and_is_not_computed(monkeypatch):
@@ -239,16 +244,24 @@ def test_every_part_is_between_0_and_1_whatever_is_written(clip, completions, cr
 def test_advantages_by_hand():
     parts = {"a": torch.tensor([[1.0, 0, 0, 1], [4, 0, 0, 0]])}                               # means 1/2, 1; stds 3^-1/2, 2
     expected = torch.tensor([[.866, -.866, -.866, .866], [1.5, -.5, -.5, -.5]])
-    torch.testing.assert_close(advantages(parts, {"a": 1.0}), expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(advantages(parts, {"a": 1.0}, eps=1e-4), expected, atol=1e-3, rtol=0)
+    expected = torch.tensor([[.5, -.5, -.5, .5], [3, -1, -1, -1]]) / torch.tensor([[3 ** -0.5 + 0.1], [2.1]])
+    torch.testing.assert_close(advantages(parts, {"a": 1.0}), expected)
     torch.testing.assert_close(advantages(parts, {"a": 2.0}, scale=False), torch.tensor([[1.0, -1, -1, 1], [6, -2, -2, -2]]))
 
 
-def test_parts_are_normalised_before_they_are_added_so_their_scales_do_not_matter():
+def test_parts_are_normalised_before_they_are_added_so_their_scales_do_not_decide():
     a, b, weights = torch.tensor([[1.0, 0, 0.5, 0]]), torch.tensor([[0.2, 0.9, 0.4, 0.4]]), {"a": 1.0, "b": 3.0}
-    small, large = (advantages({"a": a, "b": b * k}, weights) for k in (1, 100))
+    small, large = (advantages({"a": a, "b": b * k}, weights, eps=1e-4) for k in (1, 100))
     torch.testing.assert_close(small, large, atol=2e-3, rtol=0)
-    torch.testing.assert_close(small, advantages({"a": a}, {"a": 1.0}) + advantages({"b": b}, {"b": 3.0}))
+    torch.testing.assert_close(small, advantages({"a": a}, {"a": 1.0}, eps=1e-4) + advantages({"b": b}, {"b": 3.0}, eps=1e-4))
     assert not torch.allclose(*(advantages({"a": a, "b": b * k}, weights, scale=False) for k in (1, 100)), atol=0.5)
+
+
+def test_a_hair_between_two_right_answers_is_not_blown_up_to_right_and_wrong():
+    hair = advantages({"visual": torch.tensor([[0.999, 0.998, 0.999, 0.998]])}, {"visual": 1.0})
+    apart = advantages({"visual": torch.tensor([[0.999, 0.1, 0.999, 0.1]])}, {"visual": 1.0})
+    assert hair.abs().max() < 0.02 * apart.abs().max()
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 0.7, 2 / 3, 0.99])
