@@ -353,7 +353,9 @@ def main():
         reference = Policy(load_vlm(args.model, device, args.trust_remote_code)[0], processor, args.temperature)
     root = args.image_root or Path(args.data).parent
     prompts = Prompts(args.data, root, args.max_pixels, args.max_new_tokens, model, processor)
-    freeze_unused(policy, prompts([0])[2])
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
+    with autocast():
+        freeze_unused(policy, prompts([0])[2])
     net = DistributedDataParallel(policy) if world > 1 else policy
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -361,7 +363,6 @@ def main():
         optimizer.load_state_dict(torch.load(resumed / "trainer.pt", map_location=device, weights_only=True)["optimizer"])
     reward = None if sft else load_reward(args, prompts.records, root, args.max_pixels, device, processor.tokenizer)
     clip_low, clip_high = args.clip_eps[0], args.clip_eps[-1]
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
     if rank == 0:
         print(f"{args.objective} on {world} x {device.type}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
               f"{len(prompts.records)} masks, steps {start + 1} to {args.steps}" + (f", resumed from {resumed}" if resumed else ""))
@@ -426,7 +427,9 @@ def main():
             if world > 1:
                 tallies = [None] * world
                 dist.all_gather_object(tallies, tally)
-                tally = sum(tallies, collections.Counter())
+                tally = collections.Counter()
+                for other in tallies:
+                    tally.update(other)                                   # + would drop what is negative or not a number
             n = divisor("sft" if sft else args.loss, tally["completions"], tally["tokens"], args.max_new_tokens)
             for p in trained:
                 p.grad *= world / n                                       # DDP has divided the sum by world
