@@ -162,7 +162,7 @@ def main():
     add = parser.add_argument
     add("--scores", default="runs/toy/scores_train.jsonl", help="(%(default)s)")
     add("--out", default="runs/toy/masks_train.jsonl", help="(%(default)s)")
-    add("--threshold", default="place", help="place, otsu, mean, gap, quantile:Q or a number (%(default)s: best in the toy world)")
+    add("--threshold", default="place", help="place, otsu, mean, gap, quantile:Q, a number (%(default)s: best in the toy world)")
     add("--granularity", default="span", choices=("sentence", "span"), help="what is hidden (%(default)s)")
     add("--select", default="dependency", choices=("dependency", "random"), help="random is the control (%(default)s)")
     add("--max-masks", type=int, default=4, help="masks a caption, those of highest score first (%(default)s)")

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from grpo_train import Policy
+from grpo_train import Policy, decode
 from reward import FILL_PROMPT, add_arguments, exact_match, load_reward, parse_completion, semantic_credit
 from score_dependency import (BadRecord, chat_prompt, cli, distributed, encode_prompts, fail, fingerprint, load_image,
                               load_vlm, map_jsonl, read_jsonl, write_atomically)
@@ -44,7 +44,7 @@ def generate(policy, processor, texts, images, max_new_tokens):
     prompts = [chat_prompt(processor, text, len(pictures)) for text, pictures in zip(texts, images)]
     batch = encode_prompts(policy.model, processor, prompts, images, room=max_new_tokens)
     ids, mask = policy.sample(*policy.prefill(batch, 1), batch["position_ids"], torch.zeros(len(texts), max_new_tokens))
-    return processor.tokenizer.batch_decode([row[m.bool()] for row, m in zip(ids, mask)], skip_special_tokens=True)
+    return decode(processor, ids, mask)
 
 
 def other_image(names, i, load):
@@ -108,7 +108,8 @@ def main():
     def process(records):
         if not loaded:
             model, processor = load_vlm(args.model, device, args.trust_remote_code)
-            loaded.extend((Policy(model, processor, temperature=0), processor, load_reward(args, good, root, args.max_pixels, device)))
+            loaded.extend((Policy(model, processor, temperature=0), processor,
+                           load_reward(args, good, root, args.max_pixels, device)))
         policy, processor, reward = loaded
         texts = [FILL_PROMPT.format(masked_caption=r["masked_caption"]) for r in records]
         real = [load(r["image"]) for r in records]
@@ -136,7 +137,7 @@ def main():
         print(f"{'':18s}" + "".join(f"{c:>12s}" for c in CONDITIONS))
         for metric in METRICS:
             print(f"{metric:18s}" + "".join(f"{results.get(c, {}).get(metric, float('nan')):12.3f}" for c in CONDITIONS))
-        print(f"{args.out}/results.json: {len(rows)} masks, {counts['skipped']} skipped; predictions.jsonl beside it has every answer")
+        print(f"{args.out}/results.json: {len(rows)} masks, {counts['skipped']} skipped; every answer in predictions.jsonl")
 
 
 if __name__ == "__main__":

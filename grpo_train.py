@@ -146,6 +146,11 @@ class Policy(nn.Module):
         return tuple(torch.cat(p).view_as(ids) for p in zip(*parts))
 
 
+def decode(processor, ids, mask):
+    """The texts of completions ids, mask (N, S), without special tokens."""
+    return processor.tokenizer.batch_decode([row[m.bool()] for row, m in zip(ids, mask)], skip_special_tokens=True)
+
+
 def _repeat(cache, group):
     """A new cache with every row `group` times, rows of a group side by side; it shares the graph of the old one."""
     return DynamicCache([(layer.keys.repeat_interleave(group, 0), layer.values.repeat_interleave(group, 0))
@@ -315,7 +320,8 @@ def parse_args():
 
 
 # what a run may be resumed with although it differs: it changes speed, length or place, not the numbers of a step
-FREE = ("out", "steps", "groups_per_forward", "resume", "save_every", "log_every", "sample_every", "keep", "image_root", "trust_remote_code")
+FREE = ("out", "steps", "groups_per_forward", "resume", "save_every", "log_every", "sample_every", "keep", "image_root",
+        "trust_remote_code")
 
 
 def main():
@@ -365,7 +371,7 @@ def main():
     clip_low, clip_high = args.clip_eps[0], args.clip_eps[-1]
     if rank == 0:
         print(f"{args.objective} on {world} x {device.type}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
-              f"{len(prompts.records)} masks, steps {start + 1} to {args.steps}" + (f", resumed from {resumed}" if resumed else ""))
+              f"{len(prompts.records)} masks, steps {start + 1} to {args.steps}{f', resumed from {resumed}' if resumed else ''}")
 
     bar = tqdm(total=args.steps, initial=start, desc=out.name, unit="step", disable=rank > 0)
     skipped_in_a_row = 0
@@ -388,14 +394,14 @@ def main():
                     if sft:
                         texts = [target_completion(r) for r in records]
                         known = dict(zip(("ids", "mask"), encode_responses(processor, texts, device, policy.stop[0])))
-                    uniforms = None if known else uniforms_of(step, places or [0], group, args.max_new_tokens, args.seed).to(device)
+                    uniforms = uniforms_of(step, places or [0], group, args.max_new_tokens, args.seed).to(device)
                     with autocast():
                         ids, mask, logps, entropy = net(batch, group, uniforms, known.get("ids"), known.get("mask"))
                     if not known:
                         # 2. reward and advantage
                         seconds["rollout"] += policy.sampled_at - tick
                         tick = time.time()
-                        texts = processor.tokenizer.batch_decode([row[m.bool()] for row, m in zip(ids, mask)], skip_special_tokens=True)
+                        texts = decode(processor, ids, mask)
                         texts = [texts[j:j + group] for j in range(0, len(texts), group)]
                         parts = reward(records, images, texts)
                         advantage = advantages(parts, reward.weights, args.loss != "dr_grpo")                 # (B, G)
@@ -407,16 +413,17 @@ def main():
                         if rank == 0 and i == 0 and (step - 1) % args.sample_every == 0:
                             log_samples(out, step, records[0], texts[0], parts, advantage[0])
                     # 3. loss of this pass, a sum; the division by the count of the whole step comes with the update
-                    terms, kl, clipped = (logps * mask, *torch.zeros(2, 1)) if sft else grpo_terms(
-                        logps, known["old"], known["advantage"].flatten().to(device), mask, clip_low, clip_high, args.beta, known["ref"])
+                    terms, kl, clipped = (logps * mask, *torch.zeros(2, 1, device=device)) if sft else grpo_terms(
+                        logps, known["old"], known["advantage"].flatten().to(device), mask, clip_low, clip_high, args.beta,
+                        known["ref"])
                     loss = -(terms * token_weights(mask, "sft" if sft else args.loss)).sum()
                     (loss * bool(places)).backward()
                 if places:
                     visual = (batch["input_ids"] == model.config.image_token_id).sum()
                     stopped = (torch.isin(ids, torch.tensor(policy.stop, device=device)) & mask.bool()).any(1)
-                    counted = {"loss": loss, "completions": len(ids), "tokens": mask.sum(), "prompts": len(places), "visual": visual,
-                               "entropy": (entropy * mask).sum(), "kl": (kl * mask).sum(), "clipped": clipped.sum(),
-                               "cut": (~stopped).sum()}
+                    counted = {"loss": loss, "completions": len(ids), "tokens": mask.sum(), "prompts": len(places),
+                               "visual_tokens": visual, "entropy": (entropy * mask).sum(), "kl": (kl * mask).sum(),
+                               "clipped": clipped.sum(), "cut": (~stopped).sum()}
                     if not sft:
                         advantage = known["advantage"].abs()
                         counted |= {"advantage": advantage.sum(), "zero_std": (advantage.amax(1) < 1e-6).sum(),
@@ -469,7 +476,7 @@ def metrics_row(step, tally, n, weights):
             "format_ok": tally["format"] / count, "advantage_abs": tally["advantage"] / count,
             "zero_std_fraction": tally["zero_std"] / prompts, "entropy": tally["entropy"] / tokens, "kl": tally["kl"] / tokens,
             "clip_fraction": tally["clipped"] / tokens, "completion_tokens": tokens / count,
-            "clipped_fraction": tally["cut"] / count, "visual_tokens": tally["visual"] / prompts}
+            "clipped_fraction": tally["cut"] / count, "visual_tokens": tally["visual_tokens"] / prompts}
 
 
 def log_samples(out, step, record, completions, parts, advantage):

@@ -49,8 +49,8 @@ from build_masks import MASK
 from score_dependency import (BadRecord, cli, distributed, fail, fingerprint, load_image, map_jsonl,
                               read_jsonl, split_words)
 
-FILL_PROMPT = ("{masked_caption}\n\nThis caption of the image hides a part behind " + MASK + ". Look at the image and write the part as "
-               "<think>reasoning</think><answer>hidden text</answer>.")
+FILL_PROMPT = ("{masked_caption}\n\nThis caption of the image hides a part behind " + MASK + ". Look at the image and "
+               "write the part as <think>reasoning</think><answer>hidden text</answer>.")
 COMPLETION = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 TAG = re.compile(r"</?(?:think|answer)>")
 
@@ -238,7 +238,7 @@ def add_arguments(parser, w_semantic=1.0, w_visual=1.0):
     """The reward's flags, the same for every script that uses it."""
     group = parser.add_argument_group("reward")
     group.add_argument("--w-semantic", type=float, default=w_semantic, help="weight of the semantic part (%(default)s)")
-    group.add_argument("--w-visual", type=float, default=w_visual, help="weight of the visual part; 0 loads no CLIP (%(default)s)")
+    group.add_argument("--w-visual", type=float, default=w_visual, help="weight of the visual part; 0: no CLIP (%(default)s)")
     group.add_argument("--credit", default="words", choices=("exact", "prefix", "graded", "words"),
                        help="semantic credit of an answer that is not exact (%(default)s: best in the toy world)")
     group.add_argument("--relative", default="images", choices=("images", "answers", "none"),

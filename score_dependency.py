@@ -45,11 +45,13 @@ CAPTION_PROMPT = "Describe this image in detail."
 
 # ------------------------------------------------------------------- text: sentences and words as character spans
 
-ABBREVIATION = re.compile(r"^\s*\d+\.$|(?:^|[\s(\"'“‘])(?:mr|mrs|ms|dr|prof|st|sr|jr|vs|etc|cf|fig|no|approx|ca|inc|co|mt|ave|dept|"
+ABBREVIATION = re.compile(r"^\s*\d+\.$|(?:^|[\s(\"'“‘])"
+                          r"(?:mr|mrs|ms|dr|prof|st|sr|jr|vs|etc|cf|fig|no|approx|ca|inc|co|mt|ave|dept|"
                           r"est|vol|pp|(?:[a-z]\.)*[a-z])\.$", re.IGNORECASE)
 SENTENCE_END = re.compile(r"[。！？।؟۔]+[”’」』）]*|[.!?…]+[\"'”’)\]»]*(?=\s|$)|\n+")
 CJK = "\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-PUNCTUATION = r"\s!-/:-@\[-`{-~\u00a1-\u00a9\u00ab-\u00b4\u00b6-\u00b9\u00bb-\u00bf\u060c\u061b\u061f\u06d4\u0964\u2010-\u205e\u3000-\u3004\u3008-\u303f\uff01-\uff0f\uff1a-\uff20"
+PUNCTUATION = (r"\s!-/:-@\[-`{-~\u00a1-\u00a9\u00ab-\u00b4\u00b6-\u00b9\u00bb-\u00bf\u060c\u061b\u061f\u06d4\u0964"
+               r"\u2010-\u205e\u3000-\u3004\u3008-\u303f\uff01-\uff0f\uff1a-\uff20")
 WORD = re.compile(f"[{CJK}]|[^{CJK}{PUNCTUATION}]+(?:[.,:'’/&_-][^{CJK}{PUNCTUATION}]+)*")  # 3.5, don't, well-lit: one
 
 
@@ -151,7 +153,8 @@ def _coco(data):
             captions[annotation["image_id"]].append(text.strip() + "." * (not text.strip().endswith((".", "!", "?"))))
         else:
             broken.append(BadRecord(f"annotation {n} lacks image_id or caption"))
-    return [{"id": i.get("id"), "image": i.get("file_name"), "caption": " ".join(captions[i.get("id")])} for i in data["images"]] + broken
+    return [{"id": i.get("id"), "image": i.get("file_name"), "caption": " ".join(captions[i.get("id")])}
+            for i in data["images"]] + broken
 
 
 def load_image(root, name, max_pixels):
@@ -313,8 +316,8 @@ def load_vlm(name, device, trust_remote_code=False, dtype=None):
     """(model in eval mode, processor) of a hub id or folder; dtype: bf16 on a GPU, fp32 on a CPU. Ends the program if unfit."""
     try:
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32), trust_remote_code=trust_remote_code)
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as e:             # transformers, tokenizers, safetensors and torch each raise their own for a broken file
         fail(f"{name} cannot be loaded as a vision-language model: {(str(e).strip() or type(e).__name__).splitlines()[0]}")
     for what, there in (("image processor", getattr(processor, "image_processor", None)),
@@ -356,8 +359,8 @@ def encode_prompts(model, processor, prompts, images, room=0):
     if not visual.any(-1).all():
         raise BadRecord("no visual tokens: does the chat template of this checkpoint place images?")
     if mask.sum(-1).max() + room > limit:
-        raise BadRecord(f"prompt of {mask.sum(-1).max()} tokens, {visual.sum(-1).max()} of them visual, with {room} behind it exceeds "
-                        f"the model's {limit}: lower --max-pixels")
+        raise BadRecord(f"prompt of {mask.sum(-1).max()} tokens, {visual.sum(-1).max()} of them visual, with {room} behind it "
+                        f"exceeds the model's {limit}: lower --max-pixels")
     batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()}
     if hasattr(model.model, "get_rope_index"):     # explicit positions: rope_deltas kept on the model go stale (PR#43952)
         grids = {k: v for k, v in batch.items() if k in ("mm_token_type_ids", "image_grid_thw")}
@@ -560,7 +563,8 @@ def main():
         fail(f"{args.data}: none of its {counts['rows']} records could be scored; {args.out}.run.json and what is above say why")
     if rank == 0:
         show(args.out)
-        print(f"{args.out}: {counts['written']} captions scored, {counts['skipped']} skipped. Next: build_masks.py --scores {args.out}")
+        print(f"{args.out}: {counts['written']} captions scored, {counts['skipped']} skipped. "
+              f"Next: build_masks.py --scores {args.out}")
 
 
 if __name__ == "__main__":

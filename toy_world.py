@@ -399,7 +399,8 @@ def stages(out, seed, small):
     train = ["grpo_train.py", "--model", f"{out}/base", "--data", f"{out}/masks_train.jsonl", "--steps", "4" if small else "150",
              "--seed", str(seed), "--clip", f"{out}/clip", "--groups-per-forward", "32", "--log-every", "25",
              "--w-visual", "1.5", "--beta", "0.02"]             # the KL keeps a tiny model from forgetting where to look
-    test = ["evaluate.py", "--batch-size", "64", "--data", f"{out}/masks_val.jsonl", "--clip", f"{out}/clip", *(["--limit", "40"] if small else [])]
+    test = ["evaluate.py", "--batch-size", "64", "--data", f"{out}/masks_val.jsonl", "--clip", f"{out}/clip",
+            *(["--limit", "40"] if small else [])]
     last = f"checkpoint-{4 if small else 150}"
     table = [
         ("score train", f"{out}/scores_train.jsonl", [*score, "--data", f"{out}/train.jsonl"]),

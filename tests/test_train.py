@@ -152,6 +152,13 @@ def test_several_updates_a_rollout_move_the_ratio_and_the_kl(warm, data, tmp_pat
     assert rows[-1]["clip_fraction"] > 0 and rows[-1]["kl"] > 0
 
 
+def test_the_visual_part_is_rewarded_and_logged_beside_the_visual_tokens(warm, data, clip_folder, tmp_path):
+    train(warm("idefics3"), data, tmp_path / "run", "--steps", "1", "--w-visual", "0.5", "--clip", str(clip_folder), "--clip-others", "3")
+    row = metrics(tmp_path / "run")[0]
+    assert 0 < row["reward_visual"] < 1 and row["visual_tokens"] == 4 and 0 < row["reward_seconds"]
+    assert row["reward"] == pytest.approx((row["reward_semantic"] + 0.5 * row["reward_visual"]) / 1.5, abs=1e-5)
+
+
 def test_a_record_without_its_image_gives_way_to_the_next_and_is_named(warm, data, tmp_path):
     rows = (data / "masks.jsonl").read_text().splitlines()
     rows[0] = json.dumps(json.loads(rows[0]) | {"image": "gone.png"})
