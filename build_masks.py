@@ -116,7 +116,7 @@ def best_span(scores):
 
 
 def mask_caption(record, usual, tau_of, granularity, select, max_masks, rng):
-    """The mask records of one scored caption; select "random" hides as many, as long, elsewhere: the control."""
+    """The mask records of one scored caption; select "random" hides as many, as long, anywhere: the control."""
     caption = record["caption"]
     if MASK in caption:
         raise BadRecord(f"the caption contains {MASK} itself")
@@ -127,7 +127,7 @@ def mask_caption(record, usual, tau_of, granularity, select, max_masks, rng):
         sentence["tau"] = tau
     chosen = sorted((s for s in sentences if s["score"] >= s["tau"]), key=lambda s: s["tau"] - s["score"])[:max_masks]
     spans = [(s, *best_span([w["score"] - w["usual"] for w in s["words"]])) for s in chosen]
-    if select == "random":                     # each as long as a chosen one, in another random sentence with room for it
+    if select == "random":                     # each as long as a chosen one, in any sentence with room for it
         left, spans, lengths = list(sentences), [], sorted((last - first for _, first, last in spans), reverse=True)
         for length in lengths if granularity == "span" else [0] * len(chosen):
             s = left.pop(rng.choice([i for i, s in enumerate(left) if len(s["words"]) > length]))

@@ -19,7 +19,8 @@ A caption can be wrong, and then so is exact_match; toy_world.py knows the truth
 
 in:   JSONL of build_masks.py
 out:  OUT/predictions.jsonl {id, image, sentence, start, end, answer, condition, prediction, and the metrics above},
-      OUT/results.json {condition: {metric: mean}, reliance: {...}}
+      OUT/results.json {model, data, rows, written, skipped, real: {n, metric: mean}, blank, shuffled, reliance_blank,
+      reliance_shuffled}; a record without another readable picture has no shuffled prediction
 """
 import argparse
 import contextlib
@@ -101,6 +102,8 @@ def main():
     good = [r for _, r in rows if not isinstance(r, BadRecord)]
     if not good:
         fail(f"{args.data}: no record with {', '.join(fields)}; it should be the output of build_masks.py")
+    if args.relative == "answers":
+        fail("--relative answers compares the completions of one group: use images or none here")
     names, load = [r["image"] for r in good], lambda name: load_image(root, name, args.max_pixels)
     for i, record in enumerate(good):
         record["place"] = i
@@ -109,7 +112,7 @@ def main():
         if not loaded:
             model, processor = load_vlm(args.model, device, args.trust_remote_code)
             loaded.extend((Policy(model, processor, temperature=0), processor,
-                           load_reward(args, good, root, args.max_pixels, device)))
+                           load_reward(args, good, root, args.max_pixels, device, processor.tokenizer)))
         policy, processor, reward = loaded
         texts = [FILL_PROMPT.format(masked_caption=r["masked_caption"]) for r in records]
         real = [load(r["image"]) for r in records]

@@ -10,7 +10,7 @@ towards the better ones. With ratio rho = exp(logp - logp_old) per token and adv
                w                      N                                advantage divided by std
     grpo       1 / completion length  completions of the step          yes      arXiv 2402.03300
     dr_grpo    1                      completions x --max-new-tokens   no       arXiv 2503.20783
-    dapo       1                      tokens of the step               yes      arXiv 2503.14476, eps_high 0.28
+    dapo       1                      tokens of the step               yes      arXiv 2503.14476, --clip-eps 0.2 0.28
 
 N counts the whole step over all ranks: micro-batches add up gradients of sums, and the division comes last.
 
@@ -52,7 +52,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.utils import logging as hf_logging
 
-from reward import FILL_PROMPT, advantages, add_arguments, load_reward, target_completion
+from reward import FILL_PROMPT, advantages, add_arguments, load_reward, target_completion, warn_of_cut
 from score_dependency import (BadRecord, chat_prompt, cli, distributed, encode_prompts, encode_responses, fail, fingerprint,
                               load_image, load_vlm, read_jsonl, response_positions, same_run, token_logps, write_atomically)
 
@@ -97,6 +97,7 @@ class Policy(nn.Module):
         first, cache, prompt_mask = self.prefill(batch, group)
         if ids is None:
             ids, mask = self.sample(first, cache, prompt_mask, batch["position_ids"], uniforms)
+            torch.clear_autocast_cache()                     # weights cast under no_grad would be reused without gradient
         hidden = first
         if ids.shape[1] > 1:
             positions = response_positions(batch["position_ids"], ids.shape[1] - 1).repeat_interleave(group, -2)
@@ -331,6 +332,8 @@ def main():
     group = 1 if sft else args.group_size
     if not sft and group < 2:
         fail("--group-size must be at least 2: an advantage compares the completions of one prompt")
+    if len(args.clip_eps) > 2:
+        fail("--clip-eps takes one or two numbers: eps_low [eps_high]")
     settings = {k: v for k, v in vars(args).items() if k not in FREE} | {
         "model": fingerprint(args.model), "data": fingerprint(args.data), "clip": fingerprint(args.clip)}
     if not args.resume and rank == 0:
@@ -356,13 +359,14 @@ def main():
     policy = Policy(model, processor, 1.0 if sft else args.temperature)
     reference = None
     if args.beta and not sft:
-        reference = Policy(load_vlm(args.model, device, args.trust_remote_code)[0], processor, args.temperature)
+        start_model = load_vlm(args.model, device, args.trust_remote_code, torch.float32)[0]       # in the policy's numerics, or
+        reference = Policy(start_model.requires_grad_(False), processor, args.temperature)         # the KL would not start at 0
     root = args.image_root or Path(args.data).parent
     prompts = Prompts(args.data, root, args.max_pixels, args.max_new_tokens, model, processor)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
     with autocast():
         freeze_unused(policy, prompts([0])[2])
-    net = DistributedDataParallel(policy) if world > 1 else policy
+    net = DistributedDataParallel(policy, gradient_as_bucket_view=True) if world > 1 else policy
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     if resumed:
@@ -463,6 +467,7 @@ def main():
                 saved = save_checkpoint(out, step, model, processor, optimizer, args.keep)
         bar.update()
     bar.close()
+    warn_of_cut(reward)
     if rank == 0:
         print(f"{saved}: done, {len(prompts.bad)} records could not be used. Next: evaluate.py --model {saved}")
 

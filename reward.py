@@ -180,6 +180,7 @@ class ClipScorer:
         self.cut += int((tokens != self.pad).all(-1).sum())                # no padding left: the end was cut, or just fits
         return self.model.encode_text(tokens, normalize=True).float()                                      # (N, D)
 
+    @torch.no_grad()                     # else the advantage would carry a graph into CLIP's logit scale
     def __call__(self, images, texts, relative):
         """The visual part (B, G) of texts[b][g] for images[b], in [0, 1]; relative: images, answers or none. None earns 0."""
         index = {t: i for i, t in enumerate(dict.fromkeys(t for group in texts for t in group if t is not None))}
@@ -248,6 +249,12 @@ def add_arguments(parser, w_semantic=1.0, w_visual=1.0):
     group.add_argument("--clip-others", type=int, default=64, help="pictures that --relative images compares with (%(default)s)")
 
 
+def warn_of_cut(reward):
+    """Says how many texts filled CLIP's context, so that their ends may be lost."""
+    if reward and reward.clip and reward.clip.cut:
+        print(f"{reward.clip.cut} filled sentences fill CLIP's context: their ends may be cut")
+
+
 def load_reward(args, records, root, max_pixels, device, tokenizer=None):
     """Reward of the parsed flags; the pictures to compare with are the first readable distinct ones of `records`."""
     weights, clip = {"semantic": args.w_semantic, "visual": args.w_visual}, None
@@ -274,8 +281,8 @@ def main():
     add("--batch-size", type=int, default=64, help="(%(default)s)")
     add_arguments(parser)
     args = parser.parse_args()
-    if args.credit in ("prefix", "graded"):
-        fail(f"--credit {args.credit} needs the token boundaries of a policy; use words or exact here")
+    if args.credit in ("prefix", "graded") or args.relative == "answers":
+        fail("--credit prefix and graded need the tokens of a policy, --relative answers a group: not for a predictions file")
 
     rank, _, device = distributed()
     out = args.out or f"{Path(args.predictions).with_suffix('')}.rewards.jsonl"
@@ -297,6 +304,7 @@ def main():
         rows = [row for _, row in read_jsonl(out, ())]
         for part in reward.names:
             print(f"{part:9s} mean {sum(r[part] for r in rows) / max(len(rows), 1):.3f}")
+        warn_of_cut(reward)
         print(f"{out}: {counts['written']} predictions scored, {counts['skipped']} skipped")
 
 

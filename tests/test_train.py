@@ -153,7 +153,8 @@ def test_several_updates_a_rollout_move_the_ratio_and_the_kl(warm, data, tmp_pat
 
 
 def test_the_visual_part_is_rewarded_and_logged_beside_the_visual_tokens(warm, data, clip_folder, tmp_path):
-    train(warm("idefics3"), data, tmp_path / "run", "--steps", "1", "--w-visual", "0.5", "--clip", str(clip_folder), "--clip-others", "3")
+    train(warm("idefics3"), data, tmp_path / "run", "--steps", "1", "--updates", "2", "--w-visual", "0.5", "--clip",
+          str(clip_folder), "--clip-others", "3")
     row = metrics(tmp_path / "run")[0]
     assert 0 < row["reward_visual"] < 1 and row["visual_tokens"] == 4 and 0 < row["reward_seconds"]
     assert row["reward"] == pytest.approx((row["reward_semantic"] + 0.5 * row["reward_visual"]) / 1.5, abs=1e-5)
