@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from grpo_train import Policy, freeze_unused, prompt_order, uniforms_of
+from grpo_train import Policy, decode, freeze_unused, prompt_order, uniforms_of
 from score_dependency import append_responses, chat_prompt, encode_prompts, load_vlm, token_logps
 from tiny import FAMILIES, picture
 
@@ -134,6 +134,24 @@ def test_the_mask_includes_the_first_stop_token_and_nothing_behind_it(checkpoint
             end = next((j for j, t in enumerate(row) if t in policy.stop), len(row) - 1)
             assert m == [1] * (end + 1) + [0] * (len(row) - end - 1)
         assert (mask.sum(1) < S).any()
+
+
+@pytest.mark.parametrize("policy", FAMILIES[:3], indirect=True)
+def test_sampled_ids_are_scored_as_they_are_and_not_re_tokenised(policy):
+    policy, processor = policy
+    ids, mask, logps, _ = policy(encode(policy, processor), G, uniforms_of(1, [0, 1], G, S, 0))
+    texts = decode(processor, ids, mask)
+    again = [processor.tokenizer(t, add_special_tokens=False).input_ids for t in texts]
+    assert any(a != row[m.bool()].tolist() for a, row, m in zip(again, ids, mask))       # decoding and encoding gives other ids
+    plain = plain_logps(policy, encode(policy, processor, repeat=G), ids, mask)
+    assert ((logps - plain) * mask).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("policy", FAMILIES, indirect=True)
+def test_a_loaded_policy_samples_and_scores_in_eval_mode(policy):
+    policy, processor = policy
+    policy(encode(policy, processor), G, uniforms_of(1, [0, 1], G, S, 0))
+    assert not any(module.training for module in policy.model.modules())
 
 
 def test_the_pad_token_is_not_a_stop_token(checkpoint):

