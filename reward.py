@@ -1,9 +1,10 @@
 """Stage 3: the semantic-visual reward.
 
 A completion <think>...</think><answer>a</answer> fills [MASK] in the sentence s of picture I, whose caption says y.
+[review]: known from a published summary of the paper only; [ours]: nothing is published.
 
-    gate        1 if the completion has that form and a is not empty; otherwise every part below is 0          [paper]
-    semantic    1 if a = y after normalisation, else the credit of the chosen kind                             [paper]
+    gate        1 if the completion has that form and a is not empty; otherwise every part below is 0          [ours]
+    semantic    1 if a = y after normalisation, else the credit of the chosen kind                             [review]
                     exact    nothing
                     prefix   1 if a is a prefix of y that ends on a token boundary of y (RPT 2506.08007, eq. 3)
                     graded   the same, times the matched share of y's length
@@ -241,9 +242,9 @@ def add_arguments(parser, w_semantic=1.0, w_visual=1.0):
     group.add_argument("--w-semantic", type=float, default=w_semantic, help="weight of the semantic part (%(default)s)")
     group.add_argument("--w-visual", type=float, default=w_visual, help="weight of the visual part; 0: no CLIP (%(default)s)")
     group.add_argument("--credit", default="words", choices=("exact", "prefix", "graded", "words"),
-                       help="semantic credit of an answer that is not exact (%(default)s: best in the toy world)")
+                       help="semantic credit of an answer that is not exact (%(default)s: others not compared yet)")
     group.add_argument("--relative", default="images", choices=("images", "answers", "none"),
-                       help="what the visual part is relative to (%(default)s: best in the toy world)")
+                       help="what the visual part is relative to (%(default)s: others not compared yet)")
     group.add_argument("--clip", default="runs/toy/clip", help="open_clip model name, or folder (%(default)s)")
     group.add_argument("--clip-weights", help="open_clip pretrained tag or file; not for a folder")
     group.add_argument("--clip-others", type=int, default=64, help="pictures that --relative images compares with (%(default)s)")
