@@ -40,7 +40,7 @@ What study.json holds, every figure as {values (one a seed), mean, std}:
     arms, bias          by arm (ARMS), and by bias and arm: the metrics above, and reliance_*: less those of a shuffled picture
     dependency, rules   what the default scores find, and what the masks of each threshold rule hit
     probe               by model: layers (D_vis of each alone) and patches (metrics with 1, 2 or 4 of 16 patches painted over:
-                        those that the sentence of the mask attends to most, least, or any)
+                        those that the sentence of the mask attends to most or least, any, or any of other objects)
     robustness          by order of training, corruption and strength; text: without and with a false sentence before the
                         masked caption, which names the stereotype colour of the hidden object, and else tells the truth
     jobs, failed        command and seconds of every job; what failed, and why
@@ -533,6 +533,13 @@ def hide_patches(image, patches, side=16):
     return paint_over(image, [(p % across * side, p // across * side) for p in patches], side, image.getpixel((0, 0)))
 
 
+def patches_of(objects, side=16):
+    """The patches, numbered as in hide_patches(), of the quarters of the picture in which these objects lie."""
+    across = SIDE // side
+    return [p for p in range(across * across) if any(abs(p % across * side + side // 2 - x) < SIDE // 4 and
+            abs(p // across * side + side // 2 - y) < SIDE // 4 for x, y in (PLACES[o["place"]] for o in objects))]
+
+
 def misleading(mask, truth):
     """A sentence that gives the object of a mask its stereotype colour; None if that is true, or no colour is hidden."""
     index = sentence_at(truth, mask["start"], mask["end"])["object"]
@@ -588,20 +595,23 @@ class Probe:
         return found
 
     def patches(self, seed):
-        """{patches hidden: {which: metrics}}: those that the mask's sentence attends to most or least, or any."""
+        """{patches hidden: {which: metrics}}: those that the mask's sentence attends to most or least, any, or any of the
+        quarters with other objects (objects: random patches often hide only background)."""
         n, rng = len(self.model.get_decoder().layers), random.Random(seed)
         captions = {c["id"]: c["caption"] for c in self.captions}
-        eager, orders = load_vlm(self.checkpoint, self.device)[0], []
+        eager, orders, others = load_vlm(self.checkpoint, self.device)[0], [], []
         eager.set_attn_implementation({"text_config": "eager"})
         for m, image in zip(self.masks, self.images):
             sentence = sentence_at(self.truth[m["id"]], m["start"], m["end"])
             shares = patch_shares(eager, self.processor, image, captions[m["id"]], (sentence["start"], sentence["end"]),
                                   range(n // 2, max(n // 2 + 1, n * 3 // 4)))                         # Scorer's default
             orders.append(shares.argsort(descending=True).tolist())
+            objects = self.truth[m["id"]]["objects"]
+            others.append(patches_of([o for i, o in enumerate(objects) if i != sentence["object"]]))
         found = {"0": {"none": self.metrics(self.masks, self.images)}}
         for k in (1, 2, 4):
             chosen = {"attended": [o[:k] for o in orders], "random": [rng.sample(o, k) for o in orders],
-                      "least": [o[-k:] for o in orders]}
+                      "least": [o[-k:] for o in orders], "objects": [rng.sample(o, k) for o in others]}
             found[str(k)] = {name: self.metrics(self.masks, [hide_patches(*pair) for pair in zip(self.images, patches)])
                              for name, patches in chosen.items()}
         return found

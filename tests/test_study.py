@@ -221,3 +221,10 @@ def test_study_json_is_written_and_names_what_failed(tmp_path, jobs, monkeypatch
     assert "probe base patches 1 random" in printed and "exact_match_truth 0.250" in printed
     with pytest.raises(SystemExit, match="belongs to another run"):
         toy_world.study(tmp_path, [0, 1, 2], False)
+
+
+def test_patches_of_objects_are_the_quarters_in_which_they_lie():
+    at = {place: toy_world.patches_of([{"place": place}]) for place in toy_world.PLACES}
+    assert at["top left"] == [0, 1, 4, 5] and at["bottom right"] == [10, 11, 14, 15]
+    assert sorted(sum(at.values(), [])) == list(range(16))
+    assert toy_world.patches_of([{"place": "top right"}, {"place": "bottom left"}]) == [2, 3, 6, 7, 8, 9, 12, 13]
