@@ -1,9 +1,8 @@
 """Stage 5: what was gained, and does it come from the picture?
 
 **On masked captions** that were not trained on, the model fills each mask (greedily) three times: with the real picture,
-with a grey one of the same size, and with the picture of another record. What the real picture adds is the reliance:
-
-    reliance = metric(real) - metric(blank),   metric(real) - metric(shuffled)
+with a grey one of the same size, and with the picture of another record. What the real picture adds
+(gain_over_blank, gain_over_shuffled) is the model's reliance on it.
 
     exact_match       the answer is the hidden text, after normalisation                     (reward.py: exact_match)
     prefix_credit     or a strict prefix of it, ending on a token                            (reward.py: prefix_credit)
@@ -15,21 +14,23 @@ A caption can be wrong, and then so is exact_match; toy_world.py knows the truth
 
 **On a benchmark**, a TSV of VLMEvalKit, every row is asked with its pictures, without any, and with those of another row.
 BENCHMARKS below has a line for each kind. No judge is called: rules extract the answers, and what they cannot read is
-unparsed, counted, and wrong (POPE's own rule makes it a yes). All figures are percentages with a 95% bootstrap interval
-over independent questions; gains between conditions and against --compare are paired.
+unparsed, counted, and wrong (POPE's own rule makes it a yes).
+
+All figures are percentages with a 95% bootstrap interval over independent questions; gains between conditions and against
+--compare are paired. The page shows them, with the curves of the training that the model comes from, and examples.
 
     python evaluate.py                                                               # the toy world's base model
-    python evaluate.py --model run/checkpoint-500 --data masks_val.jsonl --out eval
+    python evaluate.py --model run/checkpoint-500 --data masks_val.jsonl --out eval --compare eval_base
     python evaluate.py --model run/checkpoint-500 --data MMBench_DEV_EN.tsv --out mmb --compare mmb_base
     torchrun --nproc_per_node 8 evaluate.py --model ... --data ... --out ...
 
 in:   JSONL of build_masks.py, or a .tsv
-out:  OUT/predictions.jsonl {id, image, sentence, start, end, answer, condition, prediction, and the metrics above},
-      OUT/results.json {model, data, rows, written, skipped, real: {n, metric: mean}, blank, shuffled, reliance_blank,
-      reliance_shuffled}; a record without another readable picture has no shuffled prediction
-      of a .tsv: OUT/predictions.jsonl {index, condition, prediction, extracted, right, unparsed, truth, ...}, OUT/results.json
-      {..., kind, extraction, real: {score: {value, low, high, n, unparsed}}, without, shuffled, gain_over_without,
-      gain_over_shuffled, compared: {score: {value, low, high, n, verdict}}}; of MM-Vet only OUT/mmvet.json, for its grader
+out:  OUT/predictions.jsonl of masks {id, image, sentence, start, end, answer, condition, prediction, and the metrics above};
+      a record without another readable picture has no shuffled prediction
+      of a .tsv {index, condition, prediction, extracted, right, unparsed, truth, ...}
+      OUT/results.json {model, data, kind, rows, written, skipped, real: {score: {value, low, high, n, unparsed}}, blank or
+      without, shuffled, gain_over_*, compared: {condition: {score: {value, low, high, n, verdict}}}}, OUT/results.html
+      of MM-Vet only OUT/mmvet.json, for its grader
 """
 import argparse
 import ast
@@ -39,10 +40,12 @@ import contextlib
 import copy
 import csv
 import hashlib
+import html
 import io
 import itertools
 import json
 import math
+import random
 import re
 import string
 from pathlib import Path
@@ -54,13 +57,13 @@ from PIL import Image
 from build_masks import read_masks
 from grpo_train import Policy, decode
 from reward import FILL_PROMPT, add_arguments, exact_match, load_reward, parse_completion, semantic_credit
-from score_dependency import (BadRecord, chat_prompt, cli, distributed, encode_prompt, fail, fail_if_empty, fingerprint,
-                              image_root, load_image, join_prompts, load_vlm, map_jsonl, open_image, positive, read_jsonl,
-                              write_atomically)
+from score_dependency import (HEAD, BadRecord, chat_prompt, cli, distributed, encode_prompt, fail, fail_if_empty, fingerprint,
+                              image_root, join_prompts, load_image, load_vlm, map_jsonl, open_image, picture_uri, positive,
+                              read_jsonl, write_atomically)
 
 # ------------------------------------------------------------------- masked captions
 
-CONDITIONS = ("real", "blank", "shuffled")
+CONDITIONS = ("real", "blank", "without", "shuffled")                            # blank: of masks; without: of benchmarks
 METRICS = ("exact_match", "prefix_credit", "word_credit", "visual_agreement", "format_ok")
 
 
@@ -90,26 +93,20 @@ def measure(record, prediction, tokenizer):
             "format_ok": float(answer is not None)}
 
 
-def summarise(predictions):
-    """{condition: {n, metric: mean}} and the reliance, from an iterable of prediction records."""
-    sums = {c: dict.fromkeys(("n", *METRICS), 0.0) for c in CONDITIONS}
-    for p in predictions:
-        for metric in METRICS:
-            sums[p["condition"]][metric] += p.get(metric, float("nan"))
-        sums[p["condition"]]["n"] += 1
-    results = {c: {"n": int(s["n"]), **{m: round(s[m] / s["n"], 4) for m in METRICS if s[m] == s[m]}}
-               for c, s in sums.items() if s["n"]}
-    for c in CONDITIONS[1:]:
-        if c in results:
-            results[f"reliance_{c}"] = {m: round(results["real"][m] - results[c][m], 4) for m in METRICS if m in results["real"]}
-    return results
+def score_masks(rows):
+    """The mean of every metric that the predictions have."""
+    return {m: (100, [share(rows, m)], rows) for m in METRICS if m in rows[0]}
+
+
+def mask_index(record):
+    return record["id"], record.get("start"), record["sentence"]
 
 
 # ------------------------------------------------------------------- a benchmark: reading its rows
 
 ASKED = ("real", "without", "shuffled")
 KEPT = ("index", "truth", "group", "copy", "options", "unit", "category", "l2-category", "split", "task", "question_type",
-        "answer_type", "figure", "pair")                                         # columns that stay with a prediction
+        "answer_type", "figure", "pair", "key")                                         # columns that stay with a prediction
 csv.field_size_limit(2**31 - 1)                                                  # a picture is a field
 
 
@@ -239,6 +236,14 @@ def true_hallusion(row):
     row["figure"] = None if parts[0] == "VS" and parts[4] == "0" else f"{row['unit']}_{parts[4]}"
     row["pair"] = f"{row['unit']}_{parts[5]}"
     return true_yes_no(row)
+
+
+def true_wemath(row):
+    """A problem (ID) of two or three steps is a question for each step, and one for the whole (multi)."""
+    if not re.fullmatch(r"2steps_([12]|multi)|3steps_([123]|multi)", row.get("key", "")) or not row.get("ID"):
+        raise BadRecord(f"the key {row.get('key')} is not of the form 2steps_1 or 3steps_multi, or the ID is missing")
+    row["unit"] = f"{row['key'][0]} {row['ID']}"
+    return true_option(row)
 
 
 def true_math(row):
@@ -419,6 +424,33 @@ def score_hallusion(rows):
             "mean": (100 / 3, [share(part) for part in parts.values()], rows)}
 
 
+def score_wemath(rows):
+    """Official: a problem is mastered (CM) if the whole and its steps are right; its whole is wrong for a step that is wrong too,
+    insufficient knowledge (IK), or in spite of them, inadequate generalisation (IG); right in spite of a step that is wrong,
+    rote memorisation (RM, of the wholes that are right). Loose: one right step makes it mastery. score = CM + IG / 2."""
+    problems, found = collections.defaultdict(list), []
+    whole = lambda r: r["key"].endswith("multi")
+    for row in rows:
+        problems[row["unit"]].append(row)
+    for problem in problems.values():
+        steps, right = [r["right"] for r in problem if not whole(r)], [r["right"] for r in problem if whole(r)]
+        if len(right) == 1 and len(steps) == int(problem[0]["key"][0]):            # one that lacks a question is left out (see n)
+            found.append({**problem[0], "right": right[0], "all": all(steps), "any": any(steps),
+                          "unparsed": any(r["unparsed"] for r in problem)})
+    parts = {"one step": [r for r in rows if not whole(r)], **{
+        f"{n} steps": [r for r in rows if whole(r) and r["key"][0] == digit] for n, digit in (("two", "2"), ("three", "3"))}}
+    scores = {"accuracy": rows, **parts}
+    scores = {name: (100, [share(part)], part) for name, part in scores.items() if part}
+    scores |= {name: (100, [share(found, f)], found) for name, f in (
+        ("IK", lambda r: not r["right"] and not r["all"]), ("IG", lambda r: not r["right"] and r["all"]))}
+    for kind, enough in (("strict", "all"), ("loose", "any")):
+        mastered = lambda r, e=enough: r["right"] and r[e]
+        scores |= {f"score {kind}": (100, [share(found, lambda r, m=mastered: m(r) or (r["all"] and not r["right"]) / 2)], found),
+                   f"CM {kind}": (100, [share(found, mastered)], found),
+                   f"RM {kind}": (100, [share(found, lambda r, e=enough: r["right"] and not r[e], "right")], found)}
+    return scores
+
+
 def score_math(rows):
     return accuracy(rows, ("question_type", "answer_type", "task"))
 
@@ -476,6 +508,7 @@ Kind = collections.namedtuple("Kind", "file ending truth find equal score")
 BENCHMARKS = {  # name of the file   request   true answer     extraction   equality          scores
     "mmbench":   Kind(r"mmbench|ccbench", LETTER, true_option, find_option, same, score_options),  # makes the rotations, if need be
     "mcq":       Kind(r"mmstar|blink", LETTER, true_option, find_option, same, score_options),
+    "wemath":    Kind(r"we-?math", LETTER, true_wemath, find_option, same, score_wemath),
     "pope":      Kind(r"pope", YES_NO, true_yes_no, find_pope, lambda t, a: t == (a or "yes"), score_pope),
     "mme":       Kind(r"(?<![a-z])mme(?![a-z-])", YES_NO, true_yes_no, find_mme, same, score_mme),
     "hallusion": Kind(r"hallusion", YES_NO, true_hallusion, find_yes_no, same, score_hallusion),
@@ -579,60 +612,215 @@ def benchmark(args, root, rank, device):
     settings = {"stage": "evaluate", "kind": name, "conditions": conditions, "model": fingerprint(args.model),
                 "data": fingerprint(args.data), "limit": args.limit, "max_pixels": args.max_pixels,
                 "max_new_tokens": args.max_new_tokens}
+    known = {r["index"]: r for _, r in rows if isinstance(r, dict)}
+    look = lambda index: (load(known[index]["image"]) if known[index]["image"] else [], question_text(known[index], ""))
+    finish(args, rank, rows, start, settings, name, kind.score, look)
+
+
+# ------------------------------------------------------------------- the page
+
+
+INKS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9".split()                 # Okabe and Ito: told apart by everybody
+DASHES = "none", "8 3", "2 3", "8 3 2 3", "12 4", "4 2"                         # and in print
+PAGE = HEAD + """h2{font-size:1.15rem;margin:2rem 0 .5rem;border-top:1px solid var(--line);padding-top:1rem}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
+th,td{text-align:left;padding:.2rem .8rem .2rem 0;border-bottom:1px solid var(--line);vertical-align:top;white-space:nowrap}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(21rem,100%),1fr));gap:1rem 1.5rem}
+figure{margin:0;break-inside:avoid}figcaption{font-size:.8rem}figcaption b{color:var(--ink);display:block}
+figcaption svg{vertical-align:middle;margin:0 .3em 0 .6em}.chart{width:100%;height:auto;display:block;font:10px system-ui}
+text{fill:var(--dim)}.g{stroke:var(--line);fill:none}.i{stroke:var(--ink);stroke-width:2}.v{fill:var(--ink)}
+summary{color:var(--dim);font-size:.8rem;cursor:pointer}
+article{display:flex;gap:1rem;margin:.8rem 0;break-inside:avoid}article>div{min-width:0}
+article p{margin:0 0 .3rem;white-space:pre-wrap;overflow-wrap:anywhere}.pictures{flex:0 0 8rem}.pictures img{width:100%;height:auto}
+.tiny{image-rendering:pixelated}
+dl{margin:0;font-size:.85rem;display:grid;grid-template-columns:auto 1fr;gap:0 .8rem}dt{color:var(--dim)}dd{margin:0;
+ overflow-wrap:anywhere}
+</style><header><h1>$title</h1></header><main>
+"""
+
+
+def ticks(low, high, n=4):
+    """About n round numbers from at most `low` to at least `high`."""
+    flat = high - low <= 1e-9 * max(abs(low), abs(high))
+    rough = ((abs(high) or 1) if flat else high - low) / n
+    step = next(s for m in (1, 2, 5, 10) if (s := m * 10.0**math.floor(math.log10(rough))) >= rough * 0.999)
+    first = math.floor(low / step)
+    return [float(f"{k * step:.10g}") for k in range(first, max(math.ceil(high / step), first + 1) + 1)]
+
+
+def chart(title, lines, smooth=1):
+    """A figure of lines {name: [(x, y) or (x, y, low, high), ...]}, whiskers from low to high, and the numbers as a table.
+    smooth > 1: every value faint, the mean over the last so many bold, and no table."""
+    lines = {name: [p for p in line if all(v is not None and math.isfinite(v) for v in p)] for name, line in lines.items()}
+    points = [p for line in lines.values() for p in line]
+    if not points:
+        return ""
+    xs, values, body, keys = sorted({p[0] for p in points}), [v for _, *ys in points for v in ys], [], []
+    across, up = (xs if 1 < len(xs) <= 7 else ticks(xs[0], xs[-1])), ticks(min(values), max(values))
+    X = lambda x: 40 + 290 * (x - across[0]) / (across[-1] - across[0])
+    Y = lambda y: 150 - 140 * (y - up[0]) / (up[-1] - up[0])
+    trace = lambda line: "M" + "L".join(f"{X(x):.1f} {Y(y):.1f}" for x, y, *_ in line)
+    body += [f'<path class=g d="M40 {Y(y):.1f}H330"/><text x=36 y={Y(y) + 3:.1f} text-anchor=end>{y:g}</text>' for y in up]
+    body += [f'<text x={X(x):.1f} y=164 text-anchor=middle>{x:g}</text>' for x in across]
+    for k, (name, line) in enumerate((n, line) for n, line in lines.items() if line):
+        style = f'stroke="{INKS[k % 6]}" stroke-dasharray="{DASHES[k % 6]}" stroke-width=2 fill=none'
+        keys.append(f'<svg width=28 height=8><path {style} d="M0 4H28"/></svg>{html.escape(name)}')
+        if smooth > 1:
+            body.append(f'<path stroke="{INKS[k % 6]}" stroke-width=1 opacity=.3 fill=none d="{trace(line)}"/>')
+            means = [sum(y for _, y in line[max(0, i + 1 - smooth):i + 1]) / min(i + 1, smooth) for i in range(len(line))]
+            line = [(x, mean) for (x, _), mean in zip(line, means)]
+        body.append(f'<path {style} d="{trace(line)}"/>')
+        for x, y, *ends in line if smooth == 1 else ():
+            aside = f"{X(x) + 2 * (k - len(lines) / 2):.1f}"                     # whiskers beside each other
+            body.append(f'<path stroke="{INKS[k % 6]}" d="M{aside} {Y(ends[0]):.1f}V{Y(ends[1]):.1f}"/>' if ends else "")
+            body.append(f'<circle cx={X(x):.1f} cy={Y(y):.1f} r=3 fill="{INKS[k % 6]}"/>')
+    cell = lambda line, x: next((f"{y:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
+                                 for at, y, *ends in line if at == x), "")
+    numbers = "" if smooth > 1 else "<details><summary>numbers</summary>" + table(
+        ["", *(f"{x:g}" for x in xs)], [[name, *(cell(line, x) for x in xs)] for name, line in lines.items()]) + "</details>"
+    return (f'<figure><figcaption><b>{html.escape(title)}</b>{"".join(keys)}</figcaption><svg class=chart viewBox="0 0 340 170" '
+            f'role=img aria-label="{html.escape(title)}">{"".join(body)}</svg>{numbers}</figure>')
+
+
+def table(columns, rows, digits=2):
+    """A table of texts; a cell (low, value, high) is drawn as well, on the one axis of its column."""
+    axes = [[v for row in rows if isinstance(row[c], tuple) for v in row[c]] + [0] for c in range(len(columns))]
+
+    def cell(content, axis):
+        if not isinstance(content, tuple):
+            return html.escape(str(content))
+        x = lambda v: 5 + 130 * (v - min(axis)) / (max(axis) - min(axis) or 1)
+        low, value, high = content
+        return (f'{value:.{digits}f} <small>[{low:.{digits}f}, {high:.{digits}f}]</small> <svg width=140 height=12>'
+                f'<path class=g d="M{x(0):.1f} 0V12"/><path class=i d="M{x(low):.1f} 6H{x(high):.1f}"/>'
+                f'<circle class=v cx={x(value):.1f} cy=6 r=4 /></svg>')
+    head = "".join(f"<th>{html.escape(c)}" for c in columns)
+    return (f"<div class=wide><table><tr>{head}" + "".join("<tr>" + "".join(
+        f"<td>{cell(content, axis)}" for content, axis in zip(row, axes)) for row in rows) + "</table></div>")
+
+
+def overall(score):
+    """Whether a score is about all rows, and not those of one category."""
+    return "," not in score or ", mean of" in score
+
+
+def score_table(heading, scores):
+    """The scores of one condition, or gains; what goes by category is folded away."""
+    last = "verdict" if any("verdict" in s for s in scores.values()) else "unparsed"
+    columns, parts = ["", "%, 95% interval", "rows", last], {True: [], False: []}
+    for m, s in scores.items():
+        parts[overall(m)].append([m, (s["low"], s["value"], s["high"]), s["n"], s[last]])
+    return f"<h2>{html.escape(heading)}</h2>{table(columns, parts[True])}" + (
+        f"<details><summary>by category</summary>{table(columns, parts[False])}</details>" if parts[False] else "")
+
+
+PANELS = {"reward by part": ("reward_semantic", "reward_visual", "format_ok"), "entropy, nats a token": ("entropy",),
+          "completion, tokens": ("completion_tokens",), "share of groups without a signal": ("zero_std_fraction",),
+          "mean |advantage|": ("advantage_abs",), "loss": ("loss",), "KL to the reference, nats a token": ("kl",),
+          "gradient norm": ("grad_norm",)}
+
+
+def curves(metrics):
+    """Charts of a metrics.jsonl of grpo_train.py."""
+    rows = [row for _, row in read_jsonl(metrics, ("step",)) if isinstance(row, dict)]
+    return "".join(chart(title, {m: [(r["step"], r[m]) for r in rows if m in r] for m in names}, max(2, len(rows) // 15))
+                   for title, names in PANELS.items())
+
+
+def examples(mine, theirs, look, k=4):
+    """Cards of the k predictions from the real picture that gained most over `theirs` (without: that are best), of the k that
+    lost most, and of k others at random."""
+    value = lambda r: 0 if r is None else float(r["right"]) if "right" in r else r["exact_match"] + r["word_credit"]
+    before, shuffled = ({r["index"]: r for r in rows} for rows in (theirs.get("real", ()), mine["shuffled"]))
+    rows = [r for r in mine["real"] if not before or r["index"] in before]
+    rows = random.Random(0).sample(rows, len(rows))                              # or ties would stand in the order of the file
+    rows.sort(key=lambda r: value(before.get(r["index"])) - value(r))
+    rest = rows[k:-k]
+
+    def card(row):
+        images, text = look(row["index"])
+        pictures = "".join(f'<img class={"tiny" if max(size) < 160 else "photo"} src="{uri}" alt="the picture">'
+                           for uri, *size in (picture_uri(image, 256) for image in images))
+        said = {"truth": {"prediction": str(row.get("truth", row.get("answer")))}, "before": before.get(row["index"]),
+                "after" if before else "answer": row, "another picture": shuffled.get(row["index"])}
+        mark = lambda r: "" if "condition" not in r else "✓ " if r.get("right", r.get("exact_match")) else "✗ "
+        return f"<article><div class=pictures>{pictures}</div><div><p>{html.escape(text)}</p><dl>" + "".join(
+            f"<dt>{name}<dd>{mark(r)}{html.escape(r['prediction'][:400])}" for name, r in said.items() if r) + (
+            "</dl></div></article>")
+    chosen = {"Gained most" if before else "Best": rows[:k], "Lost most" if before else "Worst": rows[k:][-k:][::-1],
+              "Random": random.Random(1).sample(rest, min(k, len(rest)))}
+    return "".join(f"<h2>{title}</h2>{''.join(map(card, part))}" for title, part in chosen.items() if part)
+
+
+def write_results_page(path, title, parts):
+    """One file without any outside it."""
+    write_atomically(path, [PAGE.replace("$title", html.escape(title)), *parts, "</main>\n"])
+
+
+# ------------------------------------------------------------------- the report
+
+
+def finish(args, rank, rows, start, settings, kind, score, look):
+    """Predicts what is missing, and writes the report. look(index): the ([picture, ...], text) of a prediction."""
     out = Path(args.out, "predictions.jsonl")
     counts = map_jsonl(rows, start, out, settings, args.data, args.batch_size)
     fail_if_empty(out, counts, f"{args.data}: none of its {counts['rows']} rows could be asked; see above")
     if rank == 0:
-        report(args, name, counts, settings)
+        report(args, {"model": args.model, "data": args.data, "kind": kind, **counts}, settings, score, look)
 
 
 def predictions_of(folder):
-    """{condition: records}, and the settings, of an --out."""
-    path = Path(folder, "predictions.jsonl")
+    """{condition: records with index, unit of the bootstrap, and unparsed}, and the settings, of an --out."""
+    path, found = Path(folder, "predictions.jsonl"), collections.defaultdict(list)
     try:
         settings = json.loads(Path(f"{path}.run.json").read_text())["settings"]
     except (OSError, ValueError, LookupError):
         fail(f"{folder} holds no finished predictions of this script")
-    found = collections.defaultdict(list)
     for _, row in read_jsonl(path, ("condition",)):
+        if "format_ok" in row:
+            row |= {"index": mask_index(row), "unit": row["id"], "unparsed": not row["format_ok"]}
         found[row["condition"]].append(row)
     return found, settings
 
 
-def report(args, name, counts, settings):
-    """Writes OUT/results.json, and prints it without what goes by category."""
-    score, (found, _) = BENCHMARKS[name].score, predictions_of(args.out)
-    results = {"model": args.model, "data": args.data, "kind": name, **counts,
-               "without_image": sum(not r["images"] for r in found["real"]),
-               "extraction": "by rules, no judge" + "; the official script asks an LLM" * (name == "mathvista")}
+def report(args, results, settings, score, look):
+    """Writes OUT/results.json and OUT/results.html, and prints them without what goes by category."""
+    (found, _), others, sections = predictions_of(args.out), {}, {}
+    if args.compare:
+        others, theirs = predictions_of(args.compare)
+        if differs := [k for k in ("stage", "kind", "data", "clip") if theirs.get(k) != settings.get(k)]:
+            fail(f"--compare {args.compare}: another {' and '.join(differs)}; both must come from the same data")
+        results["compared_with"] = args.compare
     if score is None:
         layout = {r["index"] if r["index"].startswith("v1_") else f"v1_{r['index']}": r["prediction"] for r in found["real"]}
         write_atomically(Path(args.out, "mmvet.json"), [json.dumps(layout, indent=1)])
         results["extraction"] = "none: mmvet.json is for MM-Vet's own grader"
     else:
-        results |= {c: with_intervals(score(found[c])) for c in ASKED if found[c]}
-        results |= {f"gain_over_{c}": gains(score, found["real"], found[c]) for c in ASKED[1:] if found["real"] and found[c]}
+        if results["kind"] != "masks":
+            results["without_image"] = sum(not r["images"] for r in found["real"])
+            results["extraction"] = "by rules, no judge" + "; the official script asks an LLM" * (results["kind"] == "mathvista")
+        results |= {c: with_intervals(score(found[c])) for c in CONDITIONS if found[c]}
+        results |= {f"gain_over_{c}": gains(score, found["real"], found[c]) for c in CONDITIONS[1:] if found["real"] and found[c]}
         if args.backbone_accuracy is not None and found["without"]:              # MMStar: what was learned from its own questions
             blind = results["without"]["accuracy"]
             results["leakage"] = {k: round(max(0.0, blind[k] - args.backbone_accuracy), 2) for k in ("value", "low", "high")}
-    if args.compare and score:
-        others, theirs = predictions_of(args.compare)
-        if differs := [k for k in ("stage", "kind", "data") if theirs.get(k) != settings[k]]:
-            fail(f"--compare {args.compare}: another {' and '.join(differs)}; both must come from the same .tsv")
-        results["compared"] = {c: gains(score, found[c], others[c]) for c in ASKED if found[c] and others[c]}
-        results["compared_with"] = args.compare
+        sections = {k: v for k, v in results.items() if k in CONDITIONS or k.startswith("gain_over_")}
+        results["compared"] = {c: gains(score, found[c], others[c]) for c in CONDITIONS if others and found[c] and others[c]}
+        sections |= {f"{c} - {args.compare}": scores for c, scores in results["compared"].items()}
     write_atomically(Path(args.out, "results.json"), [json.dumps(results, indent=1)])
+    history = Path(args.model).parent / "metrics.jsonl"
+    drawn = curves(history) if Path(args.model).name.startswith("checkpoint-") and history.exists() else ""
+    write_results_page(Path(args.out, "results.html"), f"{'/'.join(Path(args.model).parts[-2:])} on {Path(args.data).name}", [
+        *(score_table(*section) for section in sections.items()),
+        drawn and f"<h2>Training</h2><div class=charts>{drawn}</div>", examples(found, others, look) if found["real"] else ""])
     line = lambda s: f"{s['value']:7.2f} [{s['low']:6.2f}, {s['high']:6.2f}]  n {s['n']}" + (
         f", {s['unparsed']} unparsed" if "unparsed" in s else f", {s['verdict']}")
-    sections = {k: v for k, v in results.items() if k in ASKED or k.startswith("gain_over_")}
-    sections |= {f"{c} - {args.compare}": scores for c, scores in results.get("compared", {}).items()}
     for section, scores in sections.items():
         print(section)
-        for metric in (m for m in scores if "," not in m or ", mean of" in m):
+        for metric in filter(overall, scores):
             print(f"  {metric:32s}{line(scores[metric])}")
-    print(f"{args.out}/results.json: {name}, {counts['rows']} rows, {counts['skipped']} skipped; every answer in predictions.jsonl")
-
-
+    print(f"{args.out}/results.json: {results['kind']}, {results['rows']} rows, {results['skipped']} skipped; look at "
+          f"{args.out}/results.html; every answer is in predictions.jsonl")
 
 
 # ------------------------------------------------------------------- both uses
@@ -650,10 +838,10 @@ def main():
     add("--max-pixels", type=positive, default=1003520, help="larger images are shrunk: 1,280 tokens of 28 x 28 (%(default)s)")
     add("--limit", type=positive, help="only the first so many masks")
     add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
+    add("--compare", help="--out of another model on the same data: what is gained over it")
     group = parser.add_argument_group("benchmarks (a .tsv)")
     group.add_argument("--kind", choices=BENCHMARKS, help="(by the name of the file, or its columns)")
     group.add_argument("--conditions", nargs="+", choices=ASKED, default=ASKED, help="(%(default)s)")
-    group.add_argument("--compare", help="--out of another model on the same .tsv: what is gained over it")
     group.add_argument("--backbone-accuracy", type=float, help="of the text-only backbone, in percent: for MMStar's leakage")
     add_arguments(parser)
     args = parser.parse_args()
@@ -686,7 +874,7 @@ def main():
         def process(prepared):
             records, real, prompts = zip(*prepared)
             made = [[] for _ in records]
-            for condition in CONDITIONS:
+            for condition in ("real", "blank", "shuffled"):
                 here = [b for b, p in enumerate(prompts) if condition in p]
                 if not here:
                     continue
@@ -701,18 +889,12 @@ def main():
             return made
         return prepare, process
 
-    settings = {"stage": "evaluate", **{k: v for k, v in vars(args).items() if k not in ("out", "batch_size", "image_root")},
-                "model": fingerprint(args.model), "data": fingerprint(args.data), "clip": fingerprint(args.clip)}
-    out = Path(args.out, "predictions.jsonl")
-    counts = map_jsonl(rows, start, out, settings, args.data, args.batch_size)
-    fail_if_empty(out, counts, f"{args.data}: none of its {counts['rows']} masks could be used; see above")
-    if rank == 0:
-        results = {"model": args.model, "data": args.data, **counts, **summarise(row for _, row in read_jsonl(out, ()))}
-        write_atomically(Path(args.out, "results.json"), [json.dumps(results, indent=1)])
-        print(f"{'':18s}" + "".join(f"{c:>12s}" for c in CONDITIONS))
-        for metric in METRICS:
-            print(f"{metric:18s}" + "".join(f"{results.get(c, {}).get(metric, float('nan')):12.3f}" for c in CONDITIONS))
-        print(f"{args.out}/results.json: {len(rows)} masks, {counts['skipped']} skipped; every answer in predictions.jsonl")
+    settings = {"stage": "evaluate", "kind": "masks", **{k: v for k, v in vars(args).items() if k not in (
+        "out", "batch_size", "image_root", "kind", "compare", "conditions", "backbone_accuracy")},
+        "model": fingerprint(args.model), "data": fingerprint(args.data), "clip": fingerprint(args.clip)}
+    known = {mask_index(r): r for r in good}
+    look = lambda index: ([load(known[index]["image"])], known[index]["sentence"])
+    finish(args, rank, rows, start, settings, "masks", score_masks, look)
 
 
 if __name__ == "__main__":

@@ -679,19 +679,23 @@ def show(path, count=5):
 
 # Ten steps of equal CIE lightness, pale to dark, so that they also keep their order in grey and for colour-blind readers
 SCALE = "f8f4da d5e1b2 a4d098 68be8f 13a992 0a8f92 0b768b 135d81 2b4465 2b2f43".split()
-PAGE = """<!doctype html>
+HEAD = """<!doctype html>
 <html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1"><title>$title</title>
 <meta http-equiv=Content-Security-Policy content="default-src 'none';img-src data:;style-src 'unsafe-inline';
  script-src 'unsafe-inline'">
 <style>
 :root{color-scheme:light dark;--paper:#fff;--ink:#1c2128;--dim:#59636e;--line:#d8dee4}
-$light
-@media screen and (prefers-color-scheme:dark){:root{--paper:#14171c;--ink:#e3e7ec;--dim:#98a2ad;--line:#30363d}
-$dark}
+@media screen and (prefers-color-scheme:dark){:root{--paper:#14171c;--ink:#e3e7ec;--dim:#98a2ad;--line:#30363d}}
 *{box-sizing:border-box}
 body{font:16px/1.5 system-ui,sans-serif;max-width:75rem;margin:0 auto;padding:1rem;background:var(--paper);color:var(--ink)}
-h1{font-size:1.6rem;line-height:1.2;margin:.5rem 0}h2{grid-column:1/-1;font:600 .8rem system-ui;color:var(--dim);margin:0}
-h2,.t,figcaption{overflow-wrap:anywhere}header p{max-width:46rem;margin:.4rem 0}small,figcaption,footer{color:var(--dim)}
+h1{font-size:1.6rem;line-height:1.2;margin:.5rem 0;overflow-wrap:anywhere}header p{max-width:46rem;margin:.4rem 0}small,figcaption{color:var(--dim)}
+@media print{body{font-size:10pt;max-width:none;padding:0;print-color-adjust:exact}}
+"""
+PAGE = HEAD + """$light
+@media screen and (prefers-color-scheme:dark){
+$dark}
+h2{grid-column:1/-1;font:600 .8rem system-ui;color:var(--dim);margin:0}
+h2,.t,figcaption{overflow-wrap:anywhere}
 .key{position:sticky;top:0;z-index:2;background:var(--paper);padding:.5rem 0;border-bottom:1px solid var(--line);font-size:.75rem;
  display:flex;flex-wrap:wrap;gap:.2rem 1rem;align-items:center}
 .key ol{display:flex;list-style:none;margin:0;padding:0;flex:0 1 28rem}.key li{flex:1;text-align:center;padding:.15rem .1rem;
@@ -711,7 +715,7 @@ figure img{display:block;width:100%;height:auto}.map{position:relative}.map:empt
  max-width:100%}.w i{font-style:normal;padding:0 .2em;border-radius:3px;border-bottom:2px solid transparent;background-clip:padding-box}
 .on i,.s:hover i{border-color:var(--ink)}.w small{font:.6rem/1.4 system-ui;user-select:none;font-variant-numeric:tabular-nums}
 @media(max-width:56rem){article{grid-template-columns:1fr}}
-@media print{body{font-size:10pt;max-width:none;padding:0;print-color-adjust:exact}.key{position:static}
+@media print{.key{position:static}
  article{content-visibility:visible;break-inside:avoid;grid-template-columns:8.6cm 1fr}.on b{outline:0}
  .on i{border-color:transparent}}
 </style>
@@ -783,9 +787,9 @@ def attention_record(record, grid, offsets, cells):
     return {"rows": rows, "columns": columns, "sentences": [[round(share, 5) for share in mean] for mean in means]}
 
 
-def picture_uri(root, name, side=384):
-    """data: URI of the image, shrunk to `side` pixels, as the smaller of PNG and JPEG; raises BadRecord."""
-    image, files = load_image(root, name, 2**20), []
+def picture_uri(image, side=384):
+    """(data: URI, width, height) of a PIL image, shrunk in place to `side` pixels, as the smaller of PNG and JPEG."""
+    files = []
     image.thumbnail((side, side))
     for kind in ("PNG", "JPEG"):
         image.save(file := io.BytesIO(), kind, optimize=True)
@@ -823,7 +827,7 @@ def page_item(record, root, low, high):
                     f'{shade(s["score"])}>{s["score"]:.3f}</b>{"".join(words)}{html.escape(caption[here:s["end"]])}</span>')
         at = s["end"]
     try:
-        uri, width, height = picture_uri(root, record["image"])
+        uri, width, height = picture_uri(load_image(root, record["image"], 2**20))
         picture = f'<img src="{uri}" width={width} height={height} alt="the picture">'
     except BadRecord as e:
         width = height = 0

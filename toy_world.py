@@ -77,7 +77,8 @@ from transformers import (Idefics3Config, Idefics3ForConditionalGeneration, Idef
                           PreTrainedTokenizerFast)
 
 from build_masks import MASK, annotate, mask_caption, threshold_rule, usual_by_place
-from evaluate import generate
+from evaluate import (BENCHMARKS, chart, curves, examples, generate, mask_index, predictions_of, question_text, table,
+                      write_results_page)
 from grpo_train import Policy
 from reward import FILL_PROMPT, exact_match, parse_completion, target_completion
 from score_dependency import (CAPTION_PROMPT, Scorer, append_responses, chat_prompt, cli, encode_prompt, encode_prompts,
@@ -166,23 +167,31 @@ def make_world(folder, n_train, n_val, bias, seed):
         write_atomically(folder / f"{name}.jsonl", (json.dumps(r) + "\n" for r in records))
 
 
+def questions(folder, split, said=False):
+    """Yields (id, kind of shape, question, options, answer): which colour has the shape at a place? The answer is the painted
+    colour, or the one that the caption says."""
+    captions, options = {r["id"]: r["caption"] for r in records_of(folder / f"{split}.jsonl")}, dict(zip("ABCDE", sorted(COLOURS)))
+    for record in (r for r in records_of(folder / "truth.jsonl") if r["id"] in captions):
+        for sentence in (s for s in record["sentences"] if s["object"] is not None):
+            o = record["objects"][sentence["object"]]
+            words = re.findall(r"\w+", captions[record["id"]][sentence["start"]:sentence["end"]])
+            answer = next(w for w in words if w in COLOURS) if said else o["colour"]
+            question = f"Which colour is hidden? {SEEN[1].format(**{**o, 'colour': MASK})}"
+            yield record["id"], o["kind"], question, options, answer
+
+
 def write_benchmark(folder):
-    """Writes val.tsv, multiple choice as VLMEvalKit reads it: which colour has the shape at a place of a validation picture?
-    The answer is the painted truth. Every question stands there in all rotations of its options, as CircularEval asks it; the
-    copies name the first row's index in place of the picture."""
-    folder, colours, rows = Path(folder), sorted(COLOURS), []
-    for record in (r for r in records_of(folder / "truth.jsonl") if r["id"].startswith("val-")):
-        picture = base64.b64encode((folder / "images" / f"{record['id']}.png").read_bytes()).decode()
-        for o in record["objects"]:
-            rows.append((f"Which colour has the {o['kind']} in the {o['place']}?", o["colour"], o["kind"], picture))
-    columns = ["index", "image", "question", *"ABCDE", "answer", "category"]
+    """Writes val.tsv, multiple choice as VLMEvalKit reads it, about the validation pictures. Every question stands there in all
+    rotations of its options, as CircularEval asks it; the copies name the first row's index in place of the picture."""
+    rows = list(questions(folder, "val"))
 
     def lines():
-        yield "\t".join(columns) + "\n"
-        for turn in range(len(colours)):
-            options = colours[turn:] + colours[:turn]
-            for i, (question, colour, kind, picture) in enumerate(rows):
-                fields = [i + turn * 10**6, i if turn else picture, question, *options, "ABCDE"[options.index(colour)], kind]
+        yield "\t".join(["index", "image", "question", *"ABCDE", "answer", "category"]) + "\n"
+        for turn in range(len(COLOURS)):
+            for i, (name, kind, question, options, colour) in enumerate(rows):
+                turned = (colours := list(options.values()))[turn:] + colours[:turn]
+                picture = i if turn else base64.b64encode((folder / "images" / f"{name}.png").read_bytes()).decode()
+                fields = [i + turn * 10**6, picture, question, *turned, "ABCDE"[turned.index(colour)], kind]
                 yield "\t".join(map(str, fields)) + "\n"
     write_atomically(folder / "val.tsv", lines())
 
@@ -291,16 +300,42 @@ def train_base(out, records, images, steps, batch_size, lr, seed, device):
         if next(done) > 0.35 * steps and rng.random() < 0.9:   # captions first: every token of them teaches to see
             hidden = [fill_example(rng, caption) for _, caption in pairs]
             pairs = [(FILL_PROMPT.format(masked_caption=h["masked_caption"]), target_completion(h)) for h in hidden]
-        prompts, responses = zip(*pairs)
-        batch = encode_prompts(model, processor, [chat_prompt(processor, p) for p in prompts], [[images[i]] for i in rows])
-        ids, mask, _ = encode_responses(processor, responses, device, processor.tokenizer.eos_token_id)
-        logits = model(**append_responses(batch, ids, mask), logits_to_keep=ids.shape[1] + 1, use_cache=False).logits
-        return -(token_logps(logits[:, :-1], ids) * mask).sum() / mask.sum()
+        return response_loss(model, processor, pairs, [images[i] for i in rows])
 
     fit(model, loss_of, len(records), steps, batch_size, lr, seed, "base: captions, then fill-in", 3e-3)
+    save(model, processor, out)
+
+
+def response_loss(model, processor, pairs, images):
+    """Cross-entropy, nats a token, of the responses of (prompt, response) pairs about one picture each."""
+    prompts, responses = zip(*pairs)
+    batch = encode_prompts(model, processor, [chat_prompt(processor, p) for p in prompts], [[image] for image in images])
+    ids, mask, _ = encode_responses(processor, responses, model.device, processor.tokenizer.eos_token_id)
+    logits = model(**append_responses(batch, ids, mask), logits_to_keep=ids.shape[1] + 1, use_cache=False).logits
+    return -(token_logps(logits[:, :-1], ids) * mask).sum() / mask.sum()
+
+
+def save(model, processor, out):
     with building(out) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+
+
+def teach_questions(out, checkpoint, steps, batch_size, lr, seed, device):
+    """Short instruction tuning of a checkpoint of the world out.parent, on multiple choice that is answered as captions say,
+    lies included: the toy's base knows no questions, and a benchmark of them is nothing to it."""
+    torch.manual_seed(seed)
+    model, processor = load_vlm(checkpoint, device)
+    asked = list(questions(out.parent, "train", said=True))
+
+    def loss_of(rows):
+        names, _, *parts = zip(*(asked[i] for i in rows))
+        pairs = [(question_text({"question": question, "options": options}, BENCHMARKS["mcq"].ending),
+                  target_completion({"sentence": "", "answer": answer})) for question, options, answer in zip(*parts)]
+        return response_loss(model, processor, pairs, [load_image(out.parent, f"images/{n}.png", SIDE * SIDE) for n in names])
+
+    fit(model, loss_of, len(asked), steps, batch_size, lr, seed, "questions", lr)
+    save(model, processor, out)
 
 
 # ------------------------------------------------------------------- the CLIP model
@@ -440,6 +475,9 @@ def stages(out, seed, small):
              *REWARD]
     test = ["evaluate.py", "--batch-size", "64", "--data", f"{out}/masks_val.jsonl", "--clip", f"{out}/clip",
             *(["--limit", "40"] if small else [])]
+    teach = ["toy_world.py", "--seed", str(seed), "--piece", "questions", "4" if small else "100"]
+    ask = ["evaluate.py", "--batch-size", "64", "--data", f"{out}/val.tsv", "--limit", "8" if small else "150"]
+    against = ["--compare", f"{out}/eval_base"]
     last = f"checkpoint-{4 if small else 150}"
     table = [
         ("score train", f"{out}/scores_train.jsonl", [*score, "--data", f"{out}/train.jsonl"]),
@@ -449,8 +487,12 @@ def stages(out, seed, small):
         ("train sft", f"{out}/sft", [*train, "--objective", "sft"]),
         ("train mmrpt", f"{out}/mmrpt", train),
         ("evaluate base", f"{out}/eval_base", [*test, "--model", f"{out}/base"]),
-        ("evaluate sft", f"{out}/eval_sft", [*test, "--model", f"{out}/sft/{last}"]),
-        ("evaluate mmrpt", f"{out}/eval_mmrpt", [*test, "--model", f"{out}/mmrpt/{last}"])]
+        ("evaluate sft", f"{out}/eval_sft", [*test, "--model", f"{out}/sft/{last}", *against]),
+        ("evaluate mmrpt", f"{out}/eval_mmrpt", [*test, "--model", f"{out}/mmrpt/{last}", *against]),
+        ("teach base", f"{out}/questions_base", [*teach, f"{out}/base"]),
+        ("teach mmrpt", f"{out}/questions_mmrpt", [*teach, f"{out}/mmrpt/{last}"]),
+        ("ask base", f"{out}/asked_base", [*ask, "--model", f"{out}/questions_base"]),
+        ("ask mmrpt", f"{out}/asked_mmrpt", [*ask, "--model", f"{out}/questions_mmrpt", "--compare", f"{out}/asked_base"])]
     return [(name, written, [*command, "--out", written]) for name, written, command in table]
 
 
@@ -466,6 +508,8 @@ def measure(out):
     for name in ("base", "sft", "mmrpt"):
         rows = records_of(out / f"eval_{name}" / "predictions.jsonl")
         results[name] = {c: prediction_metrics([p for p in rows if p["condition"] == c], truth) for c in ("real", "blank")}
+    for name in ("base", "mmrpt"):
+        results[name]["questions"] = json.loads((out / f"asked_{name}" / "results.json").read_text())["real"]
     return results
 
 
@@ -631,6 +675,8 @@ def patch_shares(model, processor, image, caption, span, layers):
 
 def run_piece(out, bias, seed, device, name, *rest):
     """A piece that no stage does: world TRAIN VAL (pictures), base STEPS, clip STEPS, probe or robustness FILE MODEL LIMIT."""
+    if name == "questions":                                    # STEPS CHECKPOINT, OUT: the new checkpoint, beside the world's
+        return None if out.exists() else teach_questions(out, rest[1], int(rest[0]), 32, 1e-3, seed, device)
     out.mkdir(parents=True, exist_ok=True)
     if name == "world":
         return make_world(out, *map(int, rest), bias, seed)
@@ -813,10 +859,69 @@ def study(out, seeds, small):
     jobs = json.loads((out / "jobs.json").read_text()) if (out / "jobs.json").exists() else {}
     write_atomically(out / "study.json", [json.dumps({
         "settings": settings, "flags": ARMS, **results, "failed": failed, "jobs": jobs}, indent=1)])
+    write_results_page(out / "study.html", "The claims, tested in the toy world", study_page(out, results))
     print_figures(results)
-    print("".join(f"FAILED {name}: {why}\n" for name, why in failed.items()) + f"look at: {out}/study.json, {out}/logs/")
+    print("".join(f"FAILED {name}: {why}\n" for name, why in failed.items()))
+    print(f"look at: {out}/study.html, {out}/study.json, {out}/logs/")
     if failed:
         fail(f"{len(failed)} jobs of the study failed, or need one that did; the same command tries them again")
+
+
+def turned(part):
+    """{a: {b: x}} as {b: {a: x}}."""
+    return {b: {a: row[b] for a, row in part.items() if b in row} for b in dict.fromkeys(b for row in part.values() for b in row)}
+
+
+def study_page(out, results):
+    """Yields study.json as tables and charts, then curves and examples of the first seed."""
+    def ends(figure):
+        """(mean - std, mean, mean + std), or nothing"""
+        there, std = figure and figure["mean"] is not None, figure and figure["std"] or 0
+        return (figure["mean"] - std, figure["mean"], figure["mean"] + std) if there else ""
+
+    def tabled(title, note, part, metrics, label=lambda name: name):
+        rows = [[label(name), *(ends(row.get(m)) for m in metrics)] for name, row in part.items()]
+        return f"<h2>{title}</h2><p>{note}</p>" + table(["", *(m.replace("_", " ") for m in metrics)], rows, 3)
+
+    def drawn(title, lines, metric):
+        """lines: {name: {x: {metric: figure}}}"""
+        there = {name: {float(x): e for x, row in line.items() if (e := ends(row.get(metric)))} for name, line in lines.items()}
+        return chart(title, {name: [(x, mean, low, high) for x, (low, mean, high) in line.items()] for name, line in there.items()})
+
+    def charts(title, note, figures):
+        return f"<h2>{title}</h2><p>{note}</p><div class=charts>{''.join(figures)}</div>"
+
+    bracket, truth, lies = "In brackets, and as a line: one standard deviation over the seeds to both sides.", *SHOWN[:2]
+    yield tabled("What makes the difference?", f"Same base, updates, pictures and judge; only the flags differ. {bracket}",
+                 results.get("arms", {}), SHOWN[:3], lambda name: " ".join((name, *sum(ARMS.get(name, ()), ()))))
+    yield charts("And the descriptive bias?", "By the share of objects that captions give the stereotype colour.",
+                 [drawn(m.replace("_", " "), turned(results.get("bias", {})), m) for m in (truth, lies)])
+    yield tabled("Does D<sub>vis</sub> find what needs the picture?", "AUROC over sentences; rank correlation with the ablation.",
+                 {name.replace("_", " "): {"default layers": f} for name, f in results.get("dependency", {}).items()}, ["default layers"])
+    probe = results.get("probe", {})
+    yield charts("In which layers?", "D<sub>vis</sub> of one decoder layer alone, counted from 0.", [
+        drawn(m.replace("_", " "), {name: p["layers"] for name, p in probe.items()}, m)
+        for m in ("dependency_auroc", "dependency_auroc_less_place", "dependency_less_place_vs_ablation_rank_correlation")])
+    yield tabled("Which threshold?", "What the masks of each rule of build_masks.py hit.", results.get("rules", {}),
+                 ("mask_precision", "mask_recall", "f1", "word_precision", "word_recall"))
+    every = lambda patches: {which: {"0": patches["0"]["none"], **line} for which, line in turned(
+        {k: v for k, v in patches.items() if k != "0"}).items()}
+    yield charts("Is it causal?", "Exact match with the truth by the number of patches, of 16, that are painted over: those that "
+                 "the sentence of the mask attends to most or least, any, or any of other objects.",
+                 [drawn(name, every(p["patches"]), truth) for name, p in probe.items()])
+    tests = results.get("robustness", {})
+    yield charts("More robust after supervised fine-tuning?", "Exact match with the truth by strength; sft and sft_sft: without "
+                 "MMRPT, with as many updates of SFT, and of both stages; mmrpt_sft: MMRPT, then SFT. Text: without and with a "
+                 "false sentence before the caption.",
+                 [drawn(kind, {name: {"0": t["none"]["0"], **{s: v for s, v in t[kind].items() if s != "mean"}} if kind != "text"
+                               else t[kind] for name, t in tests.items()}, truth) for kind in (*CORRUPTIONS, "text")])
+    first = next((w for w in sorted(out.glob("seed*")) if (w / "eval_mmrpt" / "results.json").exists()), None)
+    if first:
+        yield charts(f"Training: mmrpt, {first.name}", "Faint: every update; bold: the mean over the last few.",
+                     [curves(first / "mmrpt" / "metrics.jsonl")])
+        masks = {mask_index(m): m for m in records_of(first / "masks_val.jsonl")}
+        yield examples(predictions_of(first / "eval_mmrpt")[0], predictions_of(first / "eval_base")[0], lambda i: (
+            [load_image(first, masks[i]["image"], SIDE * SIDE)], masks[i]["sentence"]))
 
 
 SHOWN = ("exact_match_truth", "stereotype_rate", "reliance_exact_match_truth", "dependency_auroc",
@@ -892,9 +997,12 @@ def main():
         for metric, better in (("exact_match_truth", "+"), ("stereotype_rate", "-"), ("exact_match_caption", " ")):
             values = [results[name][condition][metric] for name in ("base", "sft", "mmrpt")]
             print(f"{metric:20s} {condition:5s}" + "".join(f"{v:10.3f}" for v in values) + f"  {better}")
+    for metric in ("accuracy", "circular"):
+        values = [results[name]["questions"][metric]["value"] / 100 for name in ("base", "mmrpt")]
+        print(f"val.tsv, {metric:17s}{values[0]:10.3f}{'':10s}{values[1]:10.3f}  +")
     print("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items()))
-    print(f"look at: {out}/results.json, {out}/mmrpt/samples.txt, {out}/mmrpt/metrics.jsonl, {out}/eval_mmrpt/predictions.jsonl, "
-          f"{out}/masks_val.jsonl, {out}/images/")
+    print(f"look at: {out}/results.json, {out}/mmrpt/samples.txt, {out}/mmrpt/metrics.jsonl, "
+          f"{out}/scores_val.jsonl.html, {out}/eval_mmrpt/results.html, {out}/asked_mmrpt/results.html")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Shared by every test: the repository root on the path, no network, two threads, and one tiny checkpoint a family."""
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch  # noqa: E402
 from tiny import build  # noqa: E402
 
 torch.set_num_threads(2)
+CHROMIUM = Path("/usr/bin/chromium")
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +61,21 @@ def clip_folder(tmp_path_factory):
         torch.save(open_clip.CLIP(**config).state_dict(), folder / "open_clip_pytorch_model.bin")
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"size": 16}}))
     return folder
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """browser(page, *flags) -> standard output of a headless chromium that opens it."""
+    if not CHROMIUM.exists():
+        pytest.skip(f"no browser: {CHROMIUM} is not installed (apt-get install chromium)")
+
+    def run(page, *flags, until=""):
+        for _ in range(5):                                                       # on a busy machine it may stop before it drew
+            dom = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+                                  "--disable-background-networking", "--disable-component-update", "--disable-sync",
+                                  "--virtual-time-budget=3000", f"--user-data-dir={tmp_path / 'profile'}", *flags, page.as_uri()],
+                                 capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)}).stdout
+            if until in dom:
+                break
+        return dom
+    return run

@@ -221,6 +221,27 @@ def test_a_limit_counts_questions_and_takes_their_copies(tmp_path):
     assert [r["index"] for _, r in asked] == ["0", "1", "1000000", "1000001"]
 
 
+def test_wemath_by_hand():
+    """Two steps and the whole: R R R mastered, R R w inadequate generalisation, R w R rote (strict) or mastered (loose),
+    w w R rote both ways, R w w insufficient knowledge; a three-step problem, all right; one without its whole is left out."""
+    problems = {"1": "111", "2": "110", "3": "101", "4": "001", "5": "100"}
+    answer = lambda unit, key, right: {"index": f"{unit} {key}", "unit": unit, "key": key, "right": right == "1", "unparsed": False}
+    rows = [answer(f"2 {i}", f"2steps_{k}", x) for i, line in problems.items() for k, x in zip(("1", "2", "multi"), line)]
+    rows += [answer("3 1", f"3steps_{k}", "1") for k in ("1", "2", "3", "multi")] + [answer("2 9", "2steps_1", "1")]
+    found = {name: round(s["value"], 2) for name, s in evaluate.with_intervals(evaluate.score_wemath(rows)).items()}
+    assert found == {"accuracy": 70, "one step": 71.43, "two steps": 60, "three steps": 100, "IK": 16.67, "IG": 16.67,
+                     "score strict": 41.67, "CM strict": 33.33, "RM strict": 50, "score loose": 58.33, "CM loose": 50, "RM loose": 25}
+
+
+def test_wemath_is_recognised_and_names_a_row_that_is_no_step(tmp_path):
+    rows = [{"index": 1, "question": "q", "A": "x", "B": "y", "answer": "A", "ID": 7, "key": "2steps_1"},
+            {"index": 2, "question": "q", "A": "x", "B": "y", "answer": "A", "ID": 7, "key": "4steps_1"}]
+    header, found, _ = read_tsv(tsv(tmp_path / "WeMath.tsv", rows))
+    assert kind_of(tmp_path / "WeMath.tsv", header, found) == "wemath"
+    (_, good), (_, bad) = questions(found, "wemath", None)
+    assert good["unit"] == "2 7" and "4steps_1" in str(bad)
+
+
 # ------------------------------------------------------------------- the real script
 
 

@@ -1,11 +1,8 @@
 """The page of score_dependency.py: maps are those of equation (1), lie where they say, and a browser shows what was written."""
 import itertools
 import json
-import os
 import re
-import subprocess
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +16,6 @@ from score_dependency import (BadRecord, CAPTION_PROMPT, Scorer, append_response
 from tiny import FAMILIES, SIDE, picture
 from test_scoring import CAPTIONS, CPU
 
-CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = ["<script>document.title='owned'</script> A red <b>cat</b>.",
            "He said \"it's\" & left. </p></article><img src=x onerror=alert(1)>",
            "הכלב האדום רץ. חתול קטן יושב.", "一只红色的猫。它在跑。", "A 🐈‍⬛ and a 👩🏽‍🚀 \x01 wave! Second line\nthird one $title $legend"]
@@ -271,24 +267,6 @@ def test_the_shades_are_even_steps_of_lightness_for_colour_blind_readers_too(mat
 
 
 # ------------------------------------------------------------------- in a browser
-
-
-@pytest.fixture
-def browser(tmp_path):
-    """browser(page, *flags) -> standard output of a headless chromium that opens it."""
-    if not CHROMIUM.exists():
-        pytest.skip(f"no browser: {CHROMIUM} is not installed (apt-get install chromium)")
-
-    def run(page, *flags, until=""):
-        for _ in range(5):                                                       # on a busy machine it may stop before it drew
-            dom = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                                  "--disable-background-networking", "--disable-component-update", "--disable-sync",
-                                  "--virtual-time-budget=3000", f"--user-data-dir={tmp_path / 'profile'}", *flags, page.as_uri()],
-                                 capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)}).stdout
-            if until in dom:
-                break
-        return dom
-    return run
 
 
 def test_a_browser_shows_hostile_captions_as_text_and_draws_a_map(page, browser, tmp_path):
