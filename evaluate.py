@@ -741,7 +741,8 @@ def examples(mine, theirs, look, k=4):
         images, text = look(row["index"])
         pictures = "".join(f'<img class={"tiny" if max(size) < 160 else "photo"} src="{uri}" alt="the picture">'
                            for uri, *size in (picture_uri(image, 256) for image in images))
-        said = {"truth": {"prediction": str(row.get("truth", row.get("answer")))}, "before": before.get(row["index"]),
+        right = "truth" if "truth" in row else "hidden text"
+        said = {right: {"prediction": str(row.get("truth", row.get("answer")))}, "before": before.get(row["index"]),
                 "after" if before else "answer": row, "another picture": shuffled.get(row["index"])}
         mark = lambda r: "" if "condition" not in r else "✓ " if r.get("right", r.get("exact_match")) else "✗ "
         return f"<article><div class=pictures>{pictures}</div><div><p>{html.escape(text)}</p><dl>" + "".join(
@@ -843,7 +844,7 @@ def main():
     group.add_argument("--kind", choices=BENCHMARKS, help="(by the name of the file, or its columns)")
     group.add_argument("--conditions", nargs="+", choices=ASKED, default=ASKED, help="(%(default)s)")
     group.add_argument("--backbone-accuracy", type=float, help="of the text-only backbone, in percent: for MMStar's leakage")
-    add_arguments(parser)
+    add_arguments(parser, relative="images")                                     # there is one answer a mask
     args = parser.parse_args()
 
     rank, _, device = distributed()

@@ -17,7 +17,8 @@ A completion <think>...</think><answer>a</answer> fills [MASK] in the sentence s
 Why the visual part is relative. S is CLIP's logit. Contrastive training ends at S(I, t) = log p(t | I) / p(t) up to a
 constant of the picture, so what captions usually say, p(t), is divided out: a caption prior cannot earn it. Estimating
 p(t) as the mean over other pictures also takes away what CLIP itself likes in a text, so generic or wordy text, which
-fits every picture, gets sigma(0) = 1/2 and no more.
+fits every picture, gets sigma(0) = 1/2 and no more. Against the other answers of the group what is left is p(a | I) among
+them, a contest that only one answer can win; it was the better teacher in the toy world, and is the default in training.
 
 Why the parts are normalised before they are added. Within the G completions of a prompt, each part k becomes
 
@@ -244,15 +245,15 @@ def advantages(parts, weights, scale=True, eps=0.1):
     return total.float()
 
 
-def add_arguments(parser, w_semantic=1.0, w_visual=1.0):
+def add_arguments(parser, w_semantic=1.0, w_visual=1.0, relative="answers"):
     """The reward's flags, the same for every script that uses it."""
     group = parser.add_argument_group("reward")
     group.add_argument("--w-semantic", type=amount, default=w_semantic, help="weight of the semantic part (%(default)s)")
     group.add_argument("--w-visual", type=amount, default=w_visual, help="weight of the visual part; 0: no CLIP (%(default)s)")
     group.add_argument("--credit", default="words", choices=("exact", "prefix", "graded", "words"),
-                       help="semantic credit of an answer that is not exact (%(default)s: others not compared yet)")
-    group.add_argument("--relative", default="images", choices=("images", "answers", "none"),
-                       help="what the visual part is relative to (%(default)s: others not compared yet)")
+                       help="semantic credit of an answer that is not exact (%(default)s: exact is rare, prefix makes answers short)")
+    group.add_argument("--relative", default=relative, choices=("images", "answers", "none"), help="what the visual part is "
+                       "relative to (%(default)s; answers was best in the toy world, and needs a group)")
     group.add_argument("--clip", default="runs/toy/clip", help="open_clip model name, or folder (%(default)s)")
     group.add_argument("--clip-weights", help="open_clip pretrained tag or file; not for a folder")
     group.add_argument("--clip-others", type=int, default=64, help="pictures that --relative images compares with (%(default)s)")
@@ -269,7 +270,7 @@ def load_reward(args, records, root, max_pixels, device, tokenizer=None):
     weights, clip = {"semantic": args.w_semantic, "visual": args.w_visual}, None
     if args.w_visual:
         others = []
-        for name in dict.fromkeys(r["image"] for r in records):
+        for name in dict.fromkeys(r["image"] for r in records if args.relative == "images"):
             try:
                 others += [load_image(root, name, max_pixels)] if len(others) < args.clip_others else []
             except BadRecord:
@@ -288,7 +289,7 @@ def main():
     add("--out", help="(FILE.rewards.jsonl beside the predictions)")
     add("--max-pixels", type=positive, default=1003520, help="larger images are shrunk (%(default)s)")
     add("--batch-size", type=positive, default=64, help="(%(default)s)")
-    add_arguments(parser)
+    add_arguments(parser, relative="images")                      # there are no groups here
     args = parser.parse_args()
     if args.credit in ("prefix", "graded") or args.relative == "answers":
         fail("--credit prefix and graded need the tokens of a policy, --relative answers a group: not for a predictions file")

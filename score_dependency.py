@@ -688,7 +688,8 @@ HEAD = """<!doctype html>
 @media screen and (prefers-color-scheme:dark){:root{--paper:#14171c;--ink:#e3e7ec;--dim:#98a2ad;--line:#30363d}}
 *{box-sizing:border-box}
 body{font:16px/1.5 system-ui,sans-serif;max-width:75rem;margin:0 auto;padding:1rem;background:var(--paper);color:var(--ink)}
-h1{font-size:1.6rem;line-height:1.2;margin:.5rem 0;overflow-wrap:anywhere}header p{max-width:46rem;margin:.4rem 0}small,figcaption{color:var(--dim)}
+h1{font-size:1.6rem;line-height:1.2;margin:.5rem 0;overflow-wrap:anywhere}
+header p{max-width:46rem;margin:.4rem 0}small,figcaption{color:var(--dim)}
 @media print{body{font-size:10pt;max-width:none;padding:0;print-color-adjust:exact}}
 """
 PAGE = HEAD + """$light

@@ -516,12 +516,13 @@ def measure(out):
 # ------------------------------------------------------------------- the study: what makes the difference?
 #
 #     worlds of every seed      all arms from one base, judged on one set of masks; probes of D_vis; robustness after SFT
-#     worlds of five biases     base, SFT and MMRPT; smaller, and with fewer updates
+#     worlds of five biases     base, SFT and GRPO relative to answers; smaller, and with fewer updates
 
 REWARD = ("--w-visual", "1.5", "--beta", "0.02")                # the KL keeps a tiny model from forgetting where to look
+RELATIVE = ("--relative", "images")          # of all arms but two; the default is `answers` since the study found it better
 ARMS = {                       # name: (flags of build_masks.py, flags of grpo_train.py); the rest is that of mmrpt
     "sft": ((), ("--objective", "sft")),
-    "mmrpt": ((), ()),                                          # span masks, semantic + visual, relative to images, grpo
+    "mmrpt": ((), ()),                                          # span masks, semantic + visual, relative to images (RELATIVE), grpo
     "random": (("--select", "random"), ()),
     "sentence": (("--granularity", "sentence"), ()),
     "exact": ((), ("--credit", "exact", "--w-visual", "0")),
@@ -708,7 +709,8 @@ def world_jobs(w, seed, bias, size, arms, full):
     def train(name, model, kind, *needs, flags=()):
         job(f"train {name}", ["clip", f"mask {kind}", *needs], f"{name}/{last}", "grpo_train.py", "--model", f"{w}/{model}",
             "--data", f"{w}/masks_{kind}.jsonl", "--steps", updates, "--seed", seed, "--clip", f"{w}/clip",
-            "--prompts-per-step", prompts, "--tokens-per-forward", 16384, "--keep", 1, *REWARD, *flags, "--out", f"{w}/{name}")
+            "--prompts-per-step", prompts, "--tokens-per-forward", 16384, "--keep", 1, *REWARD, *RELATIVE, *flags,
+            "--out", f"{w}/{name}")
 
     def judge(name, model, *needs):
         job(f"evaluate {name}", ["clip", "mask val", *needs], f"eval_{name}/results.json", "evaluate.py", "--model",
@@ -742,7 +744,7 @@ def study_jobs(out, seeds, small):
     """world_jobs() of the whole study: every arm in the world of each seed, then the sweep over biases."""
     full, sweep, biases = ("small", "small", BIASES[-1:]) if small else ("full", "sweep", BIASES)
     worlds = [(f"{out}/seed{seed}", seed, 0.5, full, ARMS, True) for seed in seeds]
-    worlds += [(f"{out}/bias{bias}-seed{seed}", seed, bias, sweep, ("sft", "mmrpt"), False)
+    worlds += [(f"{out}/bias{bias}-seed{seed}", seed, bias, sweep, ("sft", "answers"), False)
                for bias in biases for seed in seeds]
     return [job for world in worlds for job in world_jobs(*world)]
 
@@ -892,29 +894,31 @@ def study_page(out, results):
         return f"<h2>{title}</h2><p>{note}</p><div class=charts>{''.join(figures)}</div>"
 
     bracket, truth, lies = "In brackets, and as a line: one standard deviation over the seeds to both sides.", *SHOWN[:2]
-    yield tabled("What makes the difference?", f"Same base, updates, pictures and judge; only the flags differ. {bracket}",
+    yield tabled("What makes the difference?", "Same base, updates, pictures and judge. mmrpt: spans, both parts, "
+                 f"{' '.join(RELATIVE)}, grpo; every other arm changes what its flags say. {bracket}",
                  results.get("arms", {}), SHOWN[:3], lambda name: " ".join((name, *sum(ARMS.get(name, ()), ()))))
     yield charts("And the descriptive bias?", "By the share of objects that captions give the stereotype colour.",
                  [drawn(m.replace("_", " "), turned(results.get("bias", {})), m) for m in (truth, lies)])
     yield tabled("Does D<sub>vis</sub> find what needs the picture?", "AUROC over sentences; rank correlation with the ablation.",
-                 {name.replace("_", " "): {"default layers": f} for name, f in results.get("dependency", {}).items()}, ["default layers"])
+                 {name.replace("_", " "): {"default layers": f} for name, f in results.get("dependency", {}).items()},
+                 ["default layers"])
     probe = results.get("probe", {})
     yield charts("In which layers?", "D<sub>vis</sub> of one decoder layer alone, counted from 0.", [
-        drawn(m.replace("_", " "), {name: p["layers"] for name, p in probe.items()}, m)
+        drawn(m.replace("_", " "), {name: p.get("layers", {}) for name, p in probe.items()}, m)
         for m in ("dependency_auroc", "dependency_auroc_less_place", "dependency_less_place_vs_ablation_rank_correlation")])
     yield tabled("Which threshold?", "What the masks of each rule of build_masks.py hit.", results.get("rules", {}),
                  ("mask_precision", "mask_recall", "f1", "word_precision", "word_recall"))
-    every = lambda patches: {which: {"0": patches["0"]["none"], **line} for which, line in turned(
+    every = lambda patches: {which: {"0": patches.get("0", {}).get("none", {}), **line} for which, line in turned(
         {k: v for k, v in patches.items() if k != "0"}).items()}
     yield charts("Is it causal?", "Exact match with the truth by the number of patches, of 16, that are painted over: those that "
                  "the sentence of the mask attends to most or least, any, or any of other objects.",
-                 [drawn(name, every(p["patches"]), truth) for name, p in probe.items()])
+                 [drawn(name, every(p.get("patches", {})), truth) for name, p in probe.items()])
     tests = results.get("robustness", {})
     yield charts("More robust after supervised fine-tuning?", "Exact match with the truth by strength; sft and sft_sft: without "
                  "MMRPT, with as many updates of SFT, and of both stages; mmrpt_sft: MMRPT, then SFT. Text: without and with a "
                  "false sentence before the caption.",
-                 [drawn(kind, {name: {"0": t["none"]["0"], **{s: v for s, v in t[kind].items() if s != "mean"}} if kind != "text"
-                               else t[kind] for name, t in tests.items()}, truth) for kind in (*CORRUPTIONS, "text")])
+                 [drawn(kind, {name: {**(t.get("none", {}) if kind != "text" else {}), **{
+                     s: v for s, v in t.get(kind, {}).items() if s != "mean"}} for name, t in tests.items()}, truth) for kind in (*CORRUPTIONS, "text")])
     first = next((w for w in sorted(out.glob("seed*")) if (w / "eval_mmrpt" / "results.json").exists()), None)
     if first:
         yield charts(f"Training: mmrpt, {first.name}", "Faint: every update; bold: the mean over the last few.",

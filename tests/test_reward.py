@@ -2,6 +2,7 @@
 import argparse
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -298,3 +299,15 @@ def test_the_script_scores_predictions_and_a_broken_record_costs_only_itself(sta
 def test_token_credit_without_a_policy_is_refused_in_one_line(stage, tmp_path):
     error, _ = stage(reward, "--predictions", tmp_path / "p.jsonl", "--credit", "prefix")
     assert "--credit prefix" in error and "\n" not in error
+
+
+def test_the_worked_example_of_the_readme_is_what_the_reward_returns():
+    text = (Path(reward.__file__).parent / "README.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.partition("| answer | semantic")[2].splitlines()[2:7]]
+    number = lambda cell: float(cell.strip("* "))
+    answers = [None if "no" in row[0] else row[0] for row in rows]
+    semantic = [reward.semantic_credit(a, "large red circle", "words") if a else 0.0 for a in answers]
+    assert len(rows) == 5 and semantic == pytest.approx([number(row[1]) for row in rows], abs=0.005)
+    parts = {"semantic": torch.tensor([semantic]), "visual": torch.tensor([[number(row[2]) for row in rows]])}
+    for column, weights in ((3, {"semantic": 1.0}), (4, {"semantic": 1.0, "visual": 1.5})):
+        assert reward.advantages(parts, weights)[0].tolist() == pytest.approx([number(row[column]) for row in rows], abs=0.005)
