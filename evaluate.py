@@ -627,7 +627,7 @@ PAGE = HEAD + """h2{font-size:1.15rem;margin:2rem 0 .5rem;border-top:1px solid v
 th,td{text-align:left;padding:.2rem .8rem .2rem 0;border-bottom:1px solid var(--line);vertical-align:top;white-space:nowrap}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(21rem,100%),1fr));gap:1rem 1.5rem}
 figure{margin:0;break-inside:avoid}figcaption{font-size:.8rem}figcaption b{color:var(--ink);display:block}
-figcaption svg{vertical-align:middle;margin:0 .3em 0 .6em}.chart{width:100%;height:auto;display:block;font:10px system-ui}
+figcaption span{white-space:nowrap}figcaption svg{vertical-align:middle;margin:0 .3em 0 .6em}.chart{width:100%;height:auto;display:block;font:10px system-ui}
 text{fill:var(--dim)}.g{stroke:var(--line);fill:none}.i{stroke:var(--ink);stroke-width:2}.v{fill:var(--ink)}
 summary{color:var(--dim);font-size:.8rem;cursor:pointer}
 article{display:flex;gap:1rem;margin:.8rem 0;break-inside:avoid}article>div{min-width:0}
@@ -664,7 +664,7 @@ def chart(title, lines, smooth=1):
     body += [f'<text x={X(x):.1f} y=164 text-anchor=middle>{x:g}</text>' for x in across]
     for k, (name, line) in enumerate((n, line) for n, line in lines.items() if line):
         style = f'stroke="{INKS[k % 6]}" stroke-dasharray="{DASHES[k % 6]}" stroke-width=2 fill=none'
-        keys.append(f'<svg width=28 height=8><path {style} d="M0 4H28"/></svg>{html.escape(name)}')
+        keys.append(f'<span><svg width=28 height=8><path {style} d="M0 4H28"/></svg>{html.escape(name)}</span> ')
         if smooth > 1:
             body.append(f'<path stroke="{INKS[k % 6]}" stroke-width=1 opacity=.3 fill=none d="{trace(line)}"/>')
             means = [sum(y for _, y in line[max(0, i + 1 - smooth):i + 1]) / min(i + 1, smooth) for i in range(len(line))]
@@ -683,16 +683,16 @@ def chart(title, lines, smooth=1):
 
 
 def table(columns, rows, digits=2):
-    """A table of texts; a cell (low, value, high) is drawn as well, on the one axis of its column."""
-    axes = [[v for row in rows if isinstance(row[c], tuple) for v in row[c]] + [0] for c in range(len(columns))]
+    """A table of texts; a cell (low, value, high, note) is drawn as well, on the one axis of its column."""
+    axes = [[v for row in rows if isinstance(row[c], tuple) for v in row[c][:3]] + [0] for c in range(len(columns))]
 
     def cell(content, axis):
         if not isinstance(content, tuple):
             return html.escape(str(content))
         x = lambda v: 5 + 130 * (v - min(axis)) / (max(axis) - min(axis) or 1)
-        low, value, high = content
-        return (f'{value:.{digits}f} <small>[{low:.{digits}f}, {high:.{digits}f}]</small> <svg width=140 height=12>'
-                f'<path class=g d="M{x(0):.1f} 0V12"/><path class=i d="M{x(low):.1f} 6H{x(high):.1f}"/>'
+        low, value, high, *note = content
+        return (f'{value:.{digits}f} <small>[{low:.{digits}f}, {high:.{digits}f}] {html.escape(" ".join(note))}</small><br>'
+                f'<svg width=140 height=12><path class=g d="M{x(0):.1f} 0V12"/><path class=i d="M{x(low):.1f} 6H{x(high):.1f}"/>'
                 f'<circle class=v cx={x(value):.1f} cy=6 r=4 /></svg>')
     head = "".join(f"<th>{html.escape(c)}" for c in columns)
     return (f"<div class=wide><table><tr>{head}" + "".join("<tr>" + "".join(
@@ -704,14 +704,16 @@ def overall(score):
     return "," not in score or ", mean of" in score
 
 
-def score_table(heading, scores):
-    """The scores of one condition, or gains; what goes by category is folded away."""
-    last = "verdict" if any("verdict" in s for s in scores.values()) else "unparsed"
-    columns, parts = ["", "%, 95% interval", "rows", last], {True: [], False: []}
-    for m, s in scores.items():
-        parts[overall(m)].append([m, (s["low"], s["value"], s["high"]), s["n"], s[last]])
-    return f"<h2>{html.escape(heading)}</h2>{table(columns, parts[True])}" + (
-        f"<details><summary>by category</summary>{table(columns, parts[False])}</details>" if parts[False] else "")
+def score_table(heading, sections):
+    """Conditions, or gains, side by side: {name: {score: {value, low, high, n, ...}}}; categories are folded away."""
+    rows = {True: [], False: []}
+    for m in dict.fromkeys(m for scores in sections.values() for m in scores):
+        found = [scores.get(m) for scores in sections.values()]
+        cells = ((s["low"], s["value"], s["high"], s.get("verdict") or f"{s['unparsed']} unparsed") if s else "" for s in found)
+        rows[overall(m)].append([m, *cells, max(s["n"] for s in found if s)])
+    columns = ["%", *sections, "rows"]
+    return f"<h2>{html.escape(heading)}</h2>{table(columns, rows[True])}" + (
+        f"<details><summary>by category</summary>{table(columns, rows[False])}</details>" if rows[False] else "")
 
 
 PANELS = {"reward by part": ("reward_semantic", "reward_visual", "format_ok"), "entropy, nats a token": ("entropy",),
@@ -812,7 +814,9 @@ def report(args, results, settings, score, look):
     history = Path(args.model).parent / "metrics.jsonl"
     drawn = curves(history) if Path(args.model).name.startswith("checkpoint-") and history.exists() else ""
     write_results_page(Path(args.out, "results.html"), f"{'/'.join(Path(args.model).parts[-2:])} on {Path(args.data).name}", [
-        *(score_table(*section) for section in sections.items()),
+        *(score_table(heading, some) for heading, some in (
+            ("Scores", {k: v for k, v in sections.items() if k in CONDITIONS}),
+            ("Gains, with paired intervals", {k: v for k, v in sections.items() if k not in CONDITIONS})) if some),
         drawn and f"<h2>Training</h2><div class=charts>{drawn}</div>", examples(found, others, look) if found["real"] else ""])
     line = lambda s: f"{s['value']:7.2f} [{s['low']:6.2f}, {s['high']:6.2f}]  n {s['n']}" + (
         f", {s['unparsed']} unparsed" if "unparsed" in s else f", {s['verdict']}")

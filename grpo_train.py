@@ -463,7 +463,7 @@ def parse_args():
     add("--steps", type=positive, default=150, help="updates to have made at the end (%(default)s)")
     add("--prompts-per-step", type=positive, default=32, help="over all ranks (%(default)s)")
     add("--group-size", type=positive, default=8, help="G, completions a prompt (%(default)s: RPT)")
-    add("--max-new-tokens", type=positive, default=24, help="cap of a completion; see clipped_fraction (%(default)s: the toy)")
+    add("--max-new-tokens", type=positive, default=24, help="cap of a completion; see truncated_fraction (%(default)s: the toy)")
     add("--temperature", type=float, default=1.0, help="of sampling and of all log-probs (%(default)s; RPT has 0.8)")
     add("--lr", type=amount, default=2e-4, help="(%(default)s is for 1M parameters; RPT has 1e-6 for billions)")
     add("--beta", type=amount, default=0.0, help="weight of the KL; 0 loads no reference (%(default)s: RPT)")
@@ -695,7 +695,7 @@ def metrics_row(step, tally, n, weights):
             "format_ok": tally["format"] / count, "advantage_abs": tally["advantage"] / count,
             "zero_std_fraction": tally["zero_std"] / prompts, "entropy": tally["entropy"] / tokens, "kl": tally["kl"] / tokens,
             "clip_fraction": tally["clipped"] / tokens, "completion_tokens": tokens / count,
-            "clipped_fraction": tally["cut"] / count, "visual_tokens": tally["visual_tokens"] / prompts}
+            "truncated_fraction": tally["cut"] / count, "visual_tokens": tally["visual_tokens"] / prompts}
 
 
 def log_samples(out, step, b, records, completions, parts, advantage):

@@ -18,7 +18,7 @@ A step is all between two updates: reading pictures, processor, rollout, reward,
 counted. The number is the median over repetitions of the median step. Memory is the peak of the resident set (VmHWM) from
 the loaded model to the last step, minus what was resident at the start.
 
-Beside it the floor: the tokens of G (P + S) over those of P + G S, which is all that sharing the prompt can save in a pass
+Beside it the ceiling: the tokens of G (P + S) over those of P + G S, which is all that sharing the prompt can save in a pass
 over a model that costs the same for every token. Pictures, attention and passes that are left out come on top.
 
 Scoring. Scorer against eager attention whose maps are all kept (output_attentions=True) and then reduced by equation (1):
@@ -265,7 +265,7 @@ def worker(what, folder, *numbers):
 def grpo_table(root, args):
     contestants = ["ours", "repeated"] + ["trl 32", "trl 8"] * bool(importlib.util.find_spec("trl"))
     print("\nGRPO, 32 completions a step: completions a second, and MiB at the peak (median, least to most)")
-    print(f"{'prompt':>7} {'floor':>6}   " + "".join(f"{c:>30}" for c in contestants)
+    print(f"{'prompt':>7} {'ceiling':>8} " + "".join(f"{c:>30}" for c in contestants)
           + "   ours / repeated, the faster trl: speed, memory")
     for side in SIDES:
         folder = root / f"grpo_{side}"

@@ -137,7 +137,8 @@ def test_masks_are_reported_with_intervals_against_another_model_with_curves_and
     mean = 100 * sum(r["word_credit"] for r in rows) / len(rows)
     assert with_intervals(score_masks(rows))["word_credit"]["value"] == results["real"]["word_credit"]["value"] == round(mean, 2)
     page = Page((folder / "eval" / "results.html").read_text())
-    for heading in ("real", "blank", "shuffled", "gain_over_blank", "gain_over_shuffled", "Training", "Gained most", "entropy, nats a token"):
+    for heading in ("Scores", "real", "blank", "shuffled", "gain_over_blank", "gain_over_shuffled", "Training", "Gained most",
+                    "entropy, nats a token"):
         assert heading in page.text, heading
     assert page.tags.count("img") == min(12, n) and "script" not in page.tags
     first = Page((folder / "eval_base" / "results.html").read_text())

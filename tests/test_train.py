@@ -77,7 +77,7 @@ def test_a_step_changes_the_weights_and_logs_every_metric(warm, straight):
     assert largest_difference(start, weights(straight, 4)) > 1e-5
     row = metrics(straight)[-1]
     assert set(row) == {"step", "loss", "reward", "reward_semantic", "format_ok", "advantage_abs", "zero_std_fraction", "entropy",
-                        "kl", "clip_fraction", "grad_norm", "lr", "completion_tokens", "clipped_fraction", "visual_tokens",
+                        "kl", "clip_fraction", "grad_norm", "lr", "completion_tokens", "truncated_fraction", "visual_tokens",
                         "skipped_update", "rollout_seconds", "reward_seconds", "update_seconds", "completions_per_second"}
     assert [r["step"] for r in metrics(straight)] == [1, 2, 3, 4] and row["visual_tokens"] == 4
     assert (straight / "samples.txt").read_text().count("=== step") == 4
