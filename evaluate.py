@@ -627,7 +627,8 @@ PAGE = HEAD + """h2{font-size:1.15rem;margin:2rem 0 .5rem;border-top:1px solid v
 th,td{text-align:left;padding:.2rem .8rem .2rem 0;border-bottom:1px solid var(--line);vertical-align:top;white-space:nowrap}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(21rem,100%),1fr));gap:1rem 1.5rem}
 figure{margin:0;break-inside:avoid}figcaption{font-size:.8rem}figcaption b{color:var(--ink);display:block}
-figcaption span{white-space:nowrap}figcaption svg{vertical-align:middle;margin:0 .3em 0 .6em}.chart{width:100%;height:auto;display:block;font:10px system-ui}
+figcaption span{white-space:nowrap}
+figcaption svg{vertical-align:middle;margin:0 .3em 0 .6em}.chart{width:100%;height:auto;display:block;font:10px system-ui}
 text{fill:var(--dim)}.g{stroke:var(--line);fill:none}.i{stroke:var(--ink);stroke-width:2}.v{fill:var(--ink)}
 summary{color:var(--dim);font-size:.8rem;cursor:pointer}
 article{display:flex;gap:1rem;margin:.8rem 0;break-inside:avoid}article>div{min-width:0}
@@ -645,7 +646,7 @@ def ticks(low, high, n=4):
     rough = ((abs(high) or 1) if flat else high - low) / n
     step = next(s for m in (1, 2, 5, 10) if (s := m * 10.0**math.floor(math.log10(rough))) >= rough * 0.999)
     first = math.floor(low / step)
-    return [float(f"{k * step:.10g}") for k in range(first, max(math.ceil(high / step), first + 1) + 1)]
+    return [float(f"{k * step:.12g}") for k in range(first, max(math.ceil(high / step), first + 1) + 1)]
 
 
 def chart(title, lines, smooth=1):
