@@ -74,9 +74,9 @@ def test_what_is_not_there_is_not_drawn():
 
 
 def test_a_cell_with_an_interval_is_drawn_on_the_axis_of_its_column():
-    page = Page(table(["", "x"], [["a <i>", (-1.0, 0.0, 1.0)], ["b", (2.0, 3.0, 3.0)]], 1))
+    page = Page(table(["", "x"], [["a <i>", (-1.0, 0.0, 1.0, "<n>")], ["b", (2.0, 3.0, 3.0)]], 1))
     assert [float(c["cx"]) for c in page.attributes["circle"]] == [37.5, 135] and "a <i>" in page.text    # from -1 to 3
-    assert "0.0 " in page.text and "[-1.0, 1.0]" in page.text and "[2.0, 3.0]" in page.text
+    assert "0.0 " in page.text and "[-1.0, 1.0] <n>" in page.text and "[2.0, 3.0] " in page.text
 
 
 # ------------------------------------------------------------------- examples
