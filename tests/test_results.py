@@ -169,7 +169,7 @@ def test_the_page_of_a_study_with_holes_shows_what_is_there(tmp_path):
                    k: {"1": both, "mean": both} for k in toy_world.CORRUPTIONS}}}}
     page = Page("".join(toy_world.study_page(tmp_path, results)))
     shown = " ".join(page.text)
-    assert "dapo --loss dapo --clip-eps 0.2 0.28" in page.text and "[0.146, 0.854]" in page.text          # 0.5 and its deviation
+    assert "dapo --loss dapo --clip-eps 0.2 0.28" in page.text and "[0.146, 0.854] " in page.text          # 0.5 and its deviation
     assert shown.count("0.500") >= 10 and "None" not in shown and "nan" not in shown
     assert all(kind in page.text for kind in (*toy_world.CORRUPTIONS, "text", "attended", "objects"))
     assert "".join(toy_world.study_page(tmp_path, {}))                            # nothing ran yet
