@@ -642,8 +642,8 @@ dl{margin:0;font-size:.85rem;display:grid;grid-template-columns:auto 1fr;gap:0 .
 
 def ticks(low, high, n=4):
     """About n round numbers from at most `low` to at least `high`."""
-    flat = high - low <= 1e-9 * max(abs(low), abs(high))
-    rough = ((abs(high) or 1) if flat else high - low) / n
+    width = high - low if high - low > 1e-9 * max(abs(low), abs(high), 1e-9) else 0
+    rough = (width or (abs(high) if abs(high) > 1e-9 else 1)) / n
     step = next(s for m in (1, 2, 5, 10) if (s := m * 10.0**math.floor(math.log10(rough))) >= rough * 0.999)
     first = math.floor(low / step)
     return [float(f"{k * step:.12g}") for k in range(first, max(math.ceil(high / step), first + 1) + 1)]

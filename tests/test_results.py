@@ -45,7 +45,7 @@ def test_ticks_enclose_what_is_drawn_in_a_few_even_round_steps(low, width):
 
 def test_ticks_by_hand():
     assert ticks(0, 1) == [0, 0.5, 1] and ticks(0.31, 0.42) == [0.3, 0.35, 0.4, 0.45] and ticks(5, 5) == [4, 6]
-    assert ticks(0, 0) == [0, 0.5] and ticks(-3, 150) == [-50, 0, 50, 100, 150]
+    assert ticks(0, 0) == ticks(5e-324, 5e-324) == [0, 0.5] and ticks(-3, 150) == [-50, 0, 50, 100, 150]
 
 
 def test_a_line_lies_where_its_numbers_say_with_whiskers_and_numbers_as_text():
