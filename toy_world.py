@@ -167,17 +167,18 @@ def make_world(folder, n_train, n_val, bias, seed):
         write_atomically(folder / f"{name}.jsonl", (json.dumps(r) + "\n" for r in records))
 
 
+QUESTION = "Which colour is hidden? "
+
+
 def questions(folder, split, said=False):
-    """Yields (id, kind of shape, question, options, answer): which colour has the shape at a place? The answer is the painted
-    colour, or the one that the caption says."""
+    """Yields (id, kind of shape, sentence with hidden colour, options, answer): the painted colour, or what the caption says."""
     captions, options = {r["id"]: r["caption"] for r in records_of(folder / f"{split}.jsonl")}, dict(zip("ABCDE", sorted(COLOURS)))
     for record in (r for r in records_of(folder / "truth.jsonl") if r["id"] in captions):
-        for sentence in (s for s in record["sentences"] if s["object"] is not None):
-            o = record["objects"][sentence["object"]]
+        for i, o in enumerate(record["objects"]):
+            sentence = next(s for s in record["sentences"] if s["object"] == i)
             words = re.findall(r"\w+", captions[record["id"]][sentence["start"]:sentence["end"]])
             answer = next(w for w in words if w in COLOURS) if said else o["colour"]
-            question = f"Which colour is hidden? {SEEN[1].format(**{**o, 'colour': MASK})}"
-            yield record["id"], o["kind"], question, options, answer
+            yield record["id"], o["kind"], SEEN[1].format(**{**o, "colour": MASK}), options, answer
 
 
 def write_benchmark(folder):
@@ -188,10 +189,10 @@ def write_benchmark(folder):
     def lines():
         yield "\t".join(["index", "image", "question", *"ABCDE", "answer", "category"]) + "\n"
         for turn in range(len(COLOURS)):
-            for i, (name, kind, question, options, colour) in enumerate(rows):
+            for i, (name, kind, sentence, options, colour) in enumerate(rows):
                 turned = (colours := list(options.values()))[turn:] + colours[:turn]
                 picture = i if turn else base64.b64encode((folder / "images" / f"{name}.png").read_bytes()).decode()
-                fields = [i + turn * 10**6, picture, question, *turned, "ABCDE"[turned.index(colour)], kind]
+                fields = [i + turn * 10**6, picture, QUESTION + sentence, *turned, "ABCDE"[turned.index(colour)], kind]
                 yield "\t".join(map(str, fields)) + "\n"
     write_atomically(folder / "val.tsv", lines())
 
@@ -330,8 +331,8 @@ def teach_questions(out, checkpoint, steps, batch_size, lr, seed, device):
 
     def loss_of(rows):
         names, _, *parts = zip(*(asked[i] for i in rows))
-        pairs = [(question_text({"question": question, "options": options}, BENCHMARKS["mcq"].ending),
-                  target_completion({"sentence": "", "answer": answer})) for question, options, answer in zip(*parts)]
+        pairs = [(question_text({"question": QUESTION + sentence, "options": options}, BENCHMARKS["mcq"].ending),
+                  target_completion({"sentence": sentence, "answer": answer})) for sentence, options, answer in zip(*parts)]
         return response_loss(model, processor, pairs, [load_image(out.parent, f"images/{n}.png", SIDE * SIDE) for n in names])
 
     fit(model, loss_of, len(asked), steps, batch_size, lr, seed, "questions", lr)

@@ -100,3 +100,13 @@ def test_a_world_with_other_settings_is_refused_in_one_line(tmp_path):
     (tmp_path / "world.json").write_text(json.dumps({"settings": {"bias": 0.9, "seed": 0, "small": True}}))
     run = subprocess.run([sys.executable, toy_world.__file__, "--small", "--out", str(tmp_path)], capture_output=True, text=True)
     assert run.returncode == 1 and "belongs to another run (bias was 0.9, is 0.5)" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_questions_are_answered_by_the_caption_or_by_the_truth(tmp_path):
+    make_world(tmp_path, 6, 6, 1.0, 0)                                           # every caption names the stereotype colour
+    truth = {t["id"]: t["objects"] for t in toy_world.records_of(tmp_path / "truth.jsonl")}
+    for split, said, key in (("train", True, "stereotype"), ("val", False, "colour")):
+        asked = list(toy_world.questions(tmp_path, split, said))
+        objects = [(name, o) for name in truth if name.startswith(split) for o in truth[name]]
+        assert [(name, answer) for name, _, _, _, answer in asked] == [(name, o[key]) for name, o in objects]
+        assert all("[MASK]" in s and o["place"] in s and o["colour"] not in s for (_, _, s, _, _), (_, o) in zip(asked, objects))
