@@ -678,7 +678,7 @@ def patch_shares(model, processor, image, caption, span, layers):
 def run_piece(out, bias, seed, device, name, *rest):
     """A piece that no stage does: world TRAIN VAL (pictures), base STEPS, clip STEPS, probe or robustness FILE MODEL LIMIT."""
     if name == "questions":                                    # STEPS CHECKPOINT, OUT: the new checkpoint, beside the world's
-        return None if out.exists() else teach_questions(out, rest[1], int(rest[0]), 32, 1e-3, seed, device)
+        return print(f"reused {out}") if out.exists() else teach_questions(out, rest[1], int(rest[0]), 32, 1e-3, seed, device)
     out.mkdir(parents=True, exist_ok=True)
     if name == "world":
         return make_world(out, *map(int, rest), bias, seed)
