@@ -538,8 +538,8 @@ BIASES = (0.0, 0.2, 0.4, 0.6, 0.8)
 SIZES = {     # pictures to train on, held out; steps of base, CLIP; captions scored; updates, prompts of each; masks judged
     "full": (12000, 300, 850, 700, 1500, 50, 32, 400), "sweep": (6000, 300, 400, 300, 1500, 40, 32, 400),
     "small": (120, 16, 6, 4, 16, 2, 2, 8)}
-SECONDS = {"world": 9, "base": 306, "clip": 142, "score": 9, "mask": 5, "train": 95, "sft": 25, "evaluate": 14, "probe": 41,
-           "robustness": 80}       # of one job, measured with two at a time, one core each: the first estimate of what remains
+SECONDS = {"world": 11, "base": 343, "clip": 185, "score": 11, "mask": 6, "train": 100, "sft": 32, "evaluate": 18, "probe": 64,
+           "robustness": 103}      # of one job, measured with two at a time, one core each: the first estimate of what remains
 CORRUPTIONS = {                # strengths 1 to 5
     "noise": (12, 24, 40, 64, 96),                              # standard deviation, of 255
     "blur": (0.7, 1.4, 2.2, 3.2, 4.5),                          # radius in pixels
