@@ -38,6 +38,7 @@ What results.json holds (masks and predictions: those of the validation captions
 What study.json holds, every figure as {values (one a seed), mean, std}:
 
     arms, bias          by arm (ARMS), and by bias and arm: the metrics above, and reliance_*: less those of a shuffled picture
+    masks               the same by what a policy was trained on, and by the kind of masks that it is judged on
     dependency, rules   what the default scores find, and what the masks of each threshold rule hit
     probe               by model: layers (D_vis of each alone) and patches (metrics with 1, 2 or 4 of 16 patches painted over:
                         those that the sentence of the mask attends to most or least, any, or any of other objects)
@@ -516,28 +517,28 @@ def measure(out):
 
 # ------------------------------------------------------------------- the study: what makes the difference?
 #
-#     worlds of every seed      all arms from one base, judged on one set of masks; probes of D_vis; robustness after SFT
-#     worlds of five biases     base, SFT and GRPO relative to answers; smaller, and with fewer updates
+#     a world for every seed      all arms from one base, judged on one set of masks; masks of other kinds; probes of D_vis;
+#                                 robustness after SFT
+#     and for every other bias    base, SFT and the default
 
 REWARD = ("--w-visual", "1.5", "--beta", "0.02")                # the KL keeps a tiny model from forgetting where to look
-RELATIVE = ("--relative", "images")          # of all arms but two; the default is `answers` since the study found it better
 ARMS = {                       # name: (flags of build_masks.py, flags of grpo_train.py); the rest is that of mmrpt
     "sft": ((), ("--objective", "sft")),
-    "mmrpt": ((), ()),                                          # span masks, semantic + visual, relative to images (RELATIVE), grpo
+    "mmrpt": ((), ()),                                          # span masks, semantic + visual relative to answers, grpo
     "random": (("--select", "random"), ()),
     "sentence": (("--granularity", "sentence"), ()),
     "exact": ((), ("--credit", "exact", "--w-visual", "0")),
     "prefix": ((), ("--credit", "prefix", "--w-visual", "0")),
     "words": ((), ("--w-visual", "0")),
     "visual": ((), ("--w-semantic", "0")),
-    "answers": ((), ("--relative", "answers")),
+    "images": ((), ("--relative", "images")),
     "absolute": ((), ("--relative", "none")),
     "dr_grpo": ((), ("--loss", "dr_grpo")),
     "dapo": ((), ("--loss", "dapo", "--clip-eps", "0.2", "0.28"))}
-BIASES = (0.0, 0.2, 0.4, 0.6, 0.8)
+BIASES = (0.0, 0.8, 0.2)                                        # beside 0.5, that of the arms; both ends first
+KINDS = ("random", "sentence")                                  # of masks, beside the default spans
 SIZES = {     # pictures to train on, held out; steps of base, CLIP; captions scored; updates, prompts of each; masks judged
-    "full": (12000, 300, 850, 700, 1500, 50, 32, 400), "sweep": (6000, 300, 400, 300, 1500, 40, 32, 400),
-    "small": (120, 16, 6, 4, 16, 2, 2, 8)}
+    "full": (12000, 300, 850, 700, 1500, 50, 32, 400), "small": (120, 16, 6, 4, 16, 2, 2, 8)}
 SECONDS = {"world": 11, "base": 343, "clip": 185, "score": 11, "mask": 6, "train": 100, "sft": 32, "evaluate": 18, "probe": 64,
            "robustness": 103}      # of one job, measured with two at a time, one core each: the first estimate of what remains
 CORRUPTIONS = {                # strengths 1 to 5
@@ -710,13 +711,14 @@ def world_jobs(w, seed, bias, size, arms, full):
     def train(name, model, kind, *needs, flags=()):
         job(f"train {name}", ["clip", f"mask {kind}", *needs], f"{name}/{last}", "grpo_train.py", "--model", f"{w}/{model}",
             "--data", f"{w}/masks_{kind}.jsonl", "--steps", updates, "--seed", seed, "--clip", f"{w}/clip",
-            "--prompts-per-step", prompts, "--tokens-per-forward", 16384, "--keep", 1, *REWARD, *RELATIVE, *flags,
+            "--prompts-per-step", prompts, "--tokens-per-forward", 16384, "--keep", 1, *REWARD, *flags,
             "--out", f"{w}/{name}")
 
-    def judge(name, model, *needs):
-        job(f"evaluate {name}", ["clip", "mask val", *needs], f"eval_{name}/results.json", "evaluate.py", "--model",
-            f"{w}/{model}", "--data", f"{w}/masks_val.jsonl", "--clip", f"{w}/clip", "--batch-size", 64, "--limit", judged,
-            "--out", f"{w}/eval_{name}")
+    def judge(name, model, *needs, on="val"):
+        made = f"eval_{name}" + f"_{on}" * (on != "val")
+        job(f"evaluate {made[5:]}", ["clip", f"mask {on}", *needs], f"{made}/results.json", "evaluate.py", "--model",
+            f"{w}/{model}", "--data", f"{w}/masks_{on}.jsonl", "--clip", f"{w}/clip", "--batch-size", 64, "--limit", judged,
+            "--out", f"{w}/{made}")
 
     piece("world", [], "truth.jsonl", "world", n_train, n_val)
     piece("base", ["world"], "base", "base", base_steps)
@@ -731,6 +733,10 @@ def world_jobs(w, seed, bias, size, arms, full):
         mask(kind, "train", *ARMS[arm][0])
         train(arm, "base", kind, flags=ARMS[arm][1])
         judge(arm, f"{arm}/{last}", f"train {arm}")
+    for kind in KINDS if full else ():                                          # every policy on every kind of masks
+        mask(f"val_{kind}", "val", *ARMS[kind][0])
+        for name, model, needs in (("base", "base", "base"), *((n, f"{n}/{last}", f"train {n}") for n in ("mmrpt", *KINDS))):
+            judge(name, model, needs, on=f"val_{kind}")
     for name, model, needs in (("base", "base", "base"), ("mmrpt", f"mmrpt/{last}", "train mmrpt")) if full else ():
         piece(f"probe {name}", ["mask val", needs], f"probe_{name}.json", "probe", f"probe_{name}.json", model, judged)
     for name in ("sft", "mmrpt") if full else ():                               # the same SFT on top; sft_sft: as many updates
@@ -742,19 +748,17 @@ def world_jobs(w, seed, bias, size, arms, full):
 
 
 def study_jobs(out, seeds, small):
-    """world_jobs() of the whole study: every arm in the world of each seed, then the sweep over biases."""
-    full, sweep, biases = ("small", "small", BIASES[-1:]) if small else ("full", "sweep", BIASES)
-    worlds = [(f"{out}/seed{seed}", seed, 0.5, full, ARMS, True) for seed in seeds]
-    worlds += [(f"{out}/bias{bias}-seed{seed}", seed, bias, sweep, ("sft", "answers"), False)
-               for bias in biases for seed in seeds]
+    """world_jobs() of the whole study: every arm in the world of each seed, then the default with other biases."""
+    size, biases = ("small", BIASES[:1]) if small else ("full", BIASES)
+    worlds = [(f"{out}/seed{seed}", seed, 0.5, size, ARMS, True) for seed in seeds]
+    worlds += [(f"{out}/bias{bias}-seed{seed}", seed, bias, size, ("sft", "mmrpt"), False) for bias in biases for seed in seeds]
     return [job for world in worlds for job in world_jobs(*world)]
 
 
 def cost(job):
-    """Roughly the seconds that one job of study_jobs() takes on one core; those of the sweep are shorter."""
-    world, kind, *rest = job[0].split()
-    smaller = {"base": 0.5, "clip": 0.5, "train": 0.8}.get(kind, 1) if world.startswith("bias") else 1
-    return smaller * SECONDS["sft" if kind == "train" and "sft" in rest[0] else kind]
+    """Roughly the seconds that one job of study_jobs() takes on one core."""
+    _, kind, *rest = job[0].split()
+    return SECONDS["sft" if kind == "train" and "sft" in rest[0] else kind]
 
 
 def run_jobs(jobs, folder, workers=2):
@@ -832,14 +836,24 @@ def aggregate(results):
 
 
 def world_results(w):
-    """What the files of one world of the study say: {arms, dependency, rules, probe, robustness}; no file, no figure."""
+    """What the files of one world of the study say: {arms, masks, dependency, rules, probe, robustness}; no file, no figure."""
     found = collections.defaultdict(dict)
     truth = {t["id"]: t for t in records_of(w / "truth.jsonl")} if (w / "truth.jsonl").exists() else {}
+
+    def judged(folder):
+        """{name: metrics} of the file of predictions in a folder of `w`, or {}."""
+        if not (w / folder / "predictions.jsonl").exists():
+            return {}
+        rows = records_of(w / folder / "predictions.jsonl")
+        real, other = (prediction_metrics([p for p in rows if p["condition"] == c], truth) for c in ("real", "shuffled"))
+        return {**real, **{f"reliance_{k}": real[k] - other[k] for k in real}}
+
     for name in ("base", *ARMS):
-        if (w / f"eval_{name}" / "predictions.jsonl").exists():
-            rows = records_of(w / f"eval_{name}" / "predictions.jsonl")
-            real, other = (prediction_metrics([p for p in rows if p["condition"] == c], truth) for c in ("real", "shuffled"))
-            found["arms"][name] = {**real, **{f"reliance_{k}": real[k] - other[k] for k in real}}
+        if metrics := judged(f"eval_{name}"):
+            found["arms"][name] = metrics
+    for name in ("base", "mmrpt", *KINDS):
+        if metrics := {kind: m for kind in KINDS if (m := judged(f"eval_{name}_val_{kind}"))}:
+            found["masks"][name] = {"span": judged(f"eval_{name}"), **metrics}
     if (w / "masks_val.jsonl").exists():
         scores = records_of(w / "scores_val.jsonl")
         found["dependency"], found["rules"] = dependency_metrics(scores, truth), rule_metrics(scores, truth)
@@ -857,8 +871,9 @@ def study(out, seeds, small):
         write_atomically(out / "run.json", [json.dumps({"settings": settings})])
     failed = run_jobs(study_jobs(out, seeds, small), out)
     results = aggregate([world_results(out / f"seed{s}") for s in seeds])
-    results["bias"] = {str(b): aggregate([world_results(out / f"bias{b}-seed{s}").get("arms") for s in seeds]) for b in BIASES
-                       if any(out.glob(f"bias{b}-*"))}
+    arms = {b: aggregate([world_results(out / f"bias{b}-seed{s}").get("arms") for s in seeds]) for b in BIASES}
+    arms[0.5] = results.get("arms", {})
+    results["bias"] = {str(b): {k: arms[b][k] for k in ("base", "sft", "mmrpt") if k in arms[b]} for b in sorted(arms)}
     jobs = json.loads((out / "jobs.json").read_text()) if (out / "jobs.json").exists() else {}
     write_atomically(out / "study.json", [json.dumps({
         "settings": settings, "flags": ARMS, **results, "failed": failed, "jobs": jobs}, indent=1)])
@@ -895,9 +910,14 @@ def study_page(out, results):
         return f"<h2>{title}</h2><p>{note}</p><div class=charts>{''.join(figures)}</div>"
 
     bracket, truth, lies = "In brackets, and as a line: one standard deviation over the seeds to both sides.", *SHOWN[:2]
-    yield tabled("What makes the difference?", "Same base, updates, pictures and judge. mmrpt: spans, both parts, "
-                 f"{' '.join(RELATIVE)}, grpo; every other arm changes what its flags say. {bracket}",
+    yield tabled("What makes the difference?", "Same base, updates, pictures and judge. mmrpt: the defaults (spans, both parts, "
+                 f"--relative answers, grpo); every other arm changes what its flags say. {bracket}",
                  results.get("arms", {}), SHOWN[:3], lambda name: " ".join((name, *sum(ARMS.get(name, ()), ()))))
+    kinds = {name: {f"{kind}: {m}": row.get(m) for kind, row in rows.items() for m in SHOWN[:2]}
+             for name, rows in results.get("masks", {}).items()}
+    yield tabled("Which masks?", "Policies trained on default spans (mmrpt), random spans and whole sentences, each judged on "
+                 "all of them. A whole sentence can be put in four ways, so that exact matches are few.", kinds,
+                 list(dict.fromkeys(m for row in kinds.values() for m in row)))
     yield charts("And the descriptive bias?", "By the share of objects that captions give the stereotype colour.",
                  [drawn(m.replace("_", " "), turned(results.get("bias", {})), m) for m in (truth, lies)])
     yield tabled("Does D<sub>vis</sub> find what needs the picture?", "AUROC over sentences; rank correlation with the ablation.",

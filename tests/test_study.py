@@ -93,6 +93,10 @@ def test_arms_are_judged_against_the_truth_and_by_what_a_shuffled_picture_leaves
         "exact_match_truth": 1, "stereotype_rate": 0, "exact_match_caption": 0, "reliance_exact_match_truth": 0.5,
         "reliance_stereotype_rate": -0.5, "reliance_exact_match_caption": 0}}}
 
+    (tmp_path / "eval_mmrpt").rename(tmp_path / "eval_base_val_random")             # the same, of the base on other masks
+    masks = world_results(tmp_path)["masks"]
+    assert list(masks) == ["base"] and masks["base"]["span"] == {} and masks["base"]["random"]["exact_match_truth"] == 1
+
 
 JOBS = study_jobs("runs/study", (0, 1, 2), False)
 
@@ -122,9 +126,11 @@ def test_the_jobs_can_be_run_in_order_and_each_writes_a_path_of_its_own():
 
 def test_all_arms_have_the_same_start_updates_seed_and_judge():
     value = lambda command, flag: command[command.index(flag) + 1]
-    train, judge = ([job[3] for job in JOBS if job[0].startswith(f"seed1 {kind}") and not job[0].endswith("_sft")]
-                    for kind in ("train", "evaluate"))
-    assert len(train) == len(ARMS) and len(judge) == len(ARMS) + 1
+    train, judge, other = ([job[3] for job in JOBS if job[0].startswith(f"seed1 {kind}") and not job[0].endswith("_sft")
+                            and ("_val_" in job[0]) == (of == "other")]
+                           for kind, of in (("train", ""), ("evaluate", ""), ("evaluate", "other")))
+    assert len(train) == len(ARMS) and len(judge) == len(ARMS) + 1 and len(other) == 2 * 4
+    assert {value(c, "--data") for c in other} == {f"runs/study/seed1/masks_val_{k}.jsonl" for k in ("random", "sentence")}
     assert {tuple(value(c, f) for f in ("--model", "--steps", "--prompts-per-step", "--seed", "--clip")) for c in train} == {
         ("runs/study/seed1/base", *map(str, toy_world.SIZES["full"][5:7]), "1", "runs/study/seed1/clip")}
     assert {value(c, "--data") for c in judge} == {"runs/study/seed1/masks_val.jsonl"}
