@@ -42,8 +42,8 @@ What study.json holds, every figure as {values (one a seed), mean, std}:
     dependency, rules   what the default scores find, and what the masks of each threshold rule hit
     probe               by model: layers (D_vis of each alone) and patches (metrics with 1, 2 or 4 of 16 patches painted over:
                         those that the sentence of the mask attends to most or least, any, or any of other objects)
-    robustness          by order of training, corruption and strength; text: without and with a false sentence before the
-                        masked caption, which names the stereotype colour of the hidden object, and else tells the truth
+    robustness          by order of training, corruption and strength; text: without and with a false sentence in place of one
+                        about another object, which names the stereotype colour of the hidden object, and else tells the truth
     jobs, failed        command and seconds of every job; what failed, and why
 """
 import argparse
@@ -531,8 +531,8 @@ ARMS = {                       # name: (flags of build_masks.py, flags of grpo_t
     "prefix": ((), ("--credit", "prefix", "--w-visual", "0")),
     "words": ((), ("--w-visual", "0")),
     "visual": ((), ("--w-semantic", "0")),
-    "images": ((), ("--relative", "images")),
-    "absolute": ((), ("--relative", "none")),
+    "relative_images": ((), ("--relative", "images")),
+    "relative_none": ((), ("--relative", "none")),
     "dr_grpo": ((), ("--loss", "dr_grpo")),
     "dapo": ((), ("--loss", "dapo", "--clip-eps", "0.2", "0.28"))}
 BIASES = (0.0, 0.8, 0.2)                                        # beside 0.5, that of the arms; both ends first
@@ -587,12 +587,14 @@ def patches_of(objects, side=16):
             abs(p // across * side + side // 2 - y) < SIDE // 4 for x, y in (PLACES[o["place"]] for o in objects))]
 
 
-def misleading(mask, truth):
-    """A sentence that gives the object of a mask its stereotype colour; None if that is true, or no colour is hidden."""
-    index = sentence_at(truth, mask["start"], mask["end"])["object"]
-    o = None if index is None else truth["objects"][index]
-    lies = o and o["colour"] != o["stereotype"] and set(re.findall(r"\w+", mask["answer"])) & set(COLOURS)
-    return SEEN[0].format(**{**o, "colour": o["stereotype"]}) if lies else None
+def misleading(mask, truth, caption):
+    """The masked caption with a sentence that gives the mask's object its stereotype colour in place of one about another
+    object (one more object than the picture shows would be a riddle of its own); None if that is true, or no colour is hidden."""
+    here = sentence_at(truth, mask["start"], mask["end"])
+    o = None if here["object"] is None else truth["objects"][here["object"]]
+    others = [caption[s["start"]:s["end"]] for s in truth["sentences"] if s["object"] not in (None, here["object"])]
+    if o and others and o["colour"] != o["stereotype"] and set(re.findall(r"\w+", mask["answer"])) & set(COLOURS):
+        return mask["masked_caption"].replace(others[0], SEEN[0].format(**{**o, "colour": o["stereotype"]}))
 
 
 class Probe:
@@ -623,10 +625,11 @@ class Probe:
             found[kind] = {str(s): self.metrics(self.masks, [corrupt(i, kind, s, m["image"]) for m, i in zip(
                 self.masks, self.images)]) for s in range(1, 6)}
             found[kind]["mean"] = {k: statistics.mean(m[k] for m in found[kind].values()) for k in found["none"]["0"]}
-        told = [(m, i, lie) for m, i in zip(self.masks, self.images) if (lie := misleading(m, self.truth[m["id"]]))]
-        lied = [{**m, "masked_caption": f"{lie} {m['masked_caption']}"} for m, _, lie in told]
+        captions = {c["id"]: c["caption"] for c in self.captions}
+        told = [(m, i, lie) for m, i in zip(self.masks, self.images)
+                if (lie := misleading(m, self.truth[m["id"]], captions[m["id"]]))]
         found["text"] = {str(n): self.metrics(masks, [i for _, i, _ in told]) for n, masks in enumerate((
-            [m for m, _, _ in told], lied))}
+            [m for m, _, _ in told], [{**m, "masked_caption": lie} for m, _, lie in told]))}
         return found
 
     def layers(self):
@@ -937,9 +940,10 @@ def study_page(out, results):
     tests = results.get("robustness", {})
     yield charts("More robust after supervised fine-tuning?", "Exact match with the truth by strength; sft and sft_sft: without "
                  "MMRPT, with as many updates of SFT, and of both stages; mmrpt_sft: MMRPT, then SFT. Text: without and with a "
-                 "false sentence before the caption.",
+                 "false sentence about the hidden object in place of one about another.",
                  [drawn(kind, {name: {**(t.get("none", {}) if kind != "text" else {}), **{
-                     s: v for s, v in t.get(kind, {}).items() if s != "mean"}} for name, t in tests.items()}, truth) for kind in (*CORRUPTIONS, "text")])
+                     s: v for s, v in t.get(kind, {}).items() if s != "mean"}} for name, t in tests.items()}, truth)
+                  for kind in (*CORRUPTIONS, "text")])
     first = next((w for w in sorted(out.glob("seed*")) if (w / "eval_mmrpt" / "results.json").exists()), None)
     if first:
         yield charts(f"Training: mmrpt, {first.name}", "Faint: every update; bold: the mean over the last few.",

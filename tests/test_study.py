@@ -75,12 +75,17 @@ def test_patch_shares_add_up_to_the_score_of_the_sentence(checkpoint):
 
 
 def test_misleading_text_names_the_stereotype_of_an_object_that_has_another_colour():
-    mask = {"start": 46, "end": 62, "answer": "large red circle"}
-    assert misleading(mask, TRUTH["x"]) == "The top left holds a large red circle."
-    assert misleading({**mask, "answer": "circle"}, TRUTH["x"]) is None                         # no colour is hidden
-    assert misleading({"start": 2, "end": 8, "answer": "circle"}, TRUTH["x"]) is None           # no object
-    painted = {**TRUTH["x"], "objects": [{**TRUTH["x"]["objects"][0], "colour": "red"}]}
-    assert misleading(mask, painted) is None                                                    # it would be true
+    said = "A circle has no corners. The top left holds a large red circle. The top right holds a small white square."
+    two = {"objects": TRUTH["x"]["objects"] + [{**TRUTH["x"]["objects"][0], "colour": "white"}],
+           "sentences": TRUTH["x"]["sentences"] + [{"start": 64, "end": len(said), "object": 1}]}
+    mask = {"start": 46, "end": 62, "answer": "large red circle", "masked_caption": said.replace("large red circle", "[MASK]")}
+    assert misleading(mask, two, said) == (
+        "A circle has no corners. The top left holds a [MASK]. The top left holds a large red circle.")
+    assert misleading(mask, TRUTH["x"], CAPTION) is None                                        # there is no other object
+    assert misleading({**mask, "answer": "circle"}, two, said) is None                          # no colour is hidden
+    assert misleading({"start": 2, "end": 8, "answer": "circle"}, two, said) is None            # no object
+    painted = {**two, "objects": [{**o, "colour": "red"} for o in two["objects"]]}
+    assert misleading(mask, painted, said) is None                                              # it would be true
 
 
 def test_arms_are_judged_against_the_truth_and_by_what_a_shuffled_picture_leaves(tmp_path):
@@ -122,6 +127,7 @@ def test_the_jobs_can_be_run_in_order_and_each_writes_a_path_of_its_own():
         assert before.issuperset(needs) and name not in before
         before.add(name)
     assert len({written for _, _, written, _ in JOBS}) == len(JOBS)
+    assert not {"images", "base", "clip"} & set(ARMS)                           # an arm's folder is none of the world's
 
 
 def test_all_arms_have_the_same_start_updates_seed_and_judge():
