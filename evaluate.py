@@ -261,8 +261,9 @@ def true_math(row):
 
 
 def said(prediction):
-    """What counts of a completion: the <answer>, or what follows the </think>, or all of it."""
-    return (parse_completion(prediction) or prediction.rpartition("</think>")[2]).strip()
+    """What counts of a completion, without its thought: the last <answer>, or all of it."""
+    rest = prediction.rpartition("</think>")[2]
+    return (re.findall(r"<answer>(.*?)</answer>", rest, re.DOTALL) or [rest])[-1].strip()
 
 
 ARTICLE = re.compile(r"\bA(?=\s+(?!(?:is|because|since|as|or|and)\b)[a-z])")

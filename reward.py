@@ -11,14 +11,15 @@ A completion <think>...</think><answer>a</answer> fills [MASK] in the sentence s
                     words    order-aware F1 of the words: 2 LCS(a, y) / (|a| + |y|)                             [ours]
     visual      does the sentence, filled with a, fit the picture better than ... ?                            [ours]
                     images   other pictures:           sigma( S(I, s[a]) - log mean_J exp S(J, s[a]) )
-                    answers  the group's other answers: exp S(I, s[a]) / sum over its distinct b of exp S(I, s[b])
+                    answers  the group's answers: exp S(I, s[a]) / sum over its distinct b of exp S(I, s[b])
                     none     S itself, the cosine
 
 Why the visual part is relative. S is CLIP's logit. Contrastive training ends at S(I, t) = log p(t | I) / p(t) up to a
 constant of the picture, so what captions usually say, p(t), is divided out: a caption prior cannot earn it. Estimating
 p(t) as the mean over other pictures also takes away what CLIP itself likes in a text, so generic or wordy text, which
-fits every picture, gets sigma(0) = 1/2 and no more. Against the other answers of the group what is left is p(a | I) among
-them, a contest that only one answer can win; it was the better teacher in the toy world, and is the default in training.
+fits every picture, gets sigma(0) = 1/2 and no more. Against the group's answers, as p(t | I) / p(t) = p(I | t) / p(I), it is
+Bayes' rule with all answers equally likely beforehand, a contest that only one can win; it was the better teacher in the toy
+world, and is the default in training.
 
 Why the parts are normalised before they are added. Within the G completions of a prompt, each part k becomes
 
@@ -147,7 +148,8 @@ def against_images(own, others):
 
 
 def against_answers(scores, texts):
-    """softmax of `scores` (G,), in nats, over the distinct `texts` (G): p(text | image), each text counted once.
+    """softmax of `scores` (G,), in nats, over the distinct `texts` (G), each counted once: for an ideal CLIP
+    p(image | text) / sum of p(image | other), the probability of each text if all of them were equally likely beforehand.
 
     A text of None does not take part and gets 0.
     """
@@ -235,7 +237,7 @@ def advantages(parts, weights, scale=True, eps=0.1):
     """Equation (2): {part: (B, G)} -> (B, G); scale=False leaves out the division by std (Dr. GRPO, 2503.20783).
 
     Rewards (1, 0, 0, 1) have mean 1/2 and (unbiased) std 0.577, hence advantages +-0.5 / 0.677. GRPO's eps is 1e-4; here it
-    is 0.1, so that CLIP's hair's breadth between two right answers is not blown up to the size of right and wrong.
+    is 0.1, so that CLIP's tiny difference between two right answers is not blown up to the size of right and wrong.
     """
     total = 0
     for name, weight in weights.items():
@@ -251,7 +253,8 @@ def add_arguments(parser, w_semantic=1.0, w_visual=1.0, relative="answers"):
     group.add_argument("--w-semantic", type=amount, default=w_semantic, help="weight of the semantic part (%(default)s)")
     group.add_argument("--w-visual", type=amount, default=w_visual, help="weight of the visual part; 0: no CLIP (%(default)s)")
     group.add_argument("--credit", default="words", choices=("exact", "prefix", "graded", "words"),
-                       help="semantic credit of an answer that is not exact (%(default)s: exact is rare, prefix makes answers short)")
+                       help="semantic credit of an answer that is not exact (%(default)s: exact is rare, "
+                       "prefix makes answers short)")
     group.add_argument("--relative", default=relative, choices=("images", "answers", "none"), help="what the visual part is "
                        "relative to (%(default)s; answers was best in the toy world, and needs a group)")
     group.add_argument("--clip", default="runs/toy/clip", help="open_clip model name, or folder (%(default)s)")
@@ -276,7 +279,8 @@ def load_reward(args, records, root, max_pixels, device, tokenizer=None):
             except BadRecord:
                 continue
         if len(others) < 2 and args.relative == "images":
-            fail("--relative images needs --clip-others of at least 2 and as many readable pictures: there is nothing to compare with")
+            fail("--relative images needs --clip-others of at least 2 and as many readable pictures: there is nothing to "
+                 "compare with")
         clip = ClipScorer(args.clip, args.clip_weights, others, device)
     return Reward(weights, args.credit, args.relative, tokenizer, clip)
 

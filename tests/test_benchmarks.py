@@ -99,6 +99,8 @@ def test_an_answer_may_be_a_list_and_a_completion_may_think_first():
     assert true_texts({"answer": "['14', '15']"}) == ["14", "15"] and true_texts({"answer": "14"}) == ["14"] and true_texts({"answer": "[x"}) == ["[x"]
     assert BENCHMARKS["chartqa"].equal(["14", "20"], "19.5") and BENCHMARKS["exact"].equal(["a cat", "cat"], " Cat. ") and literal("(1, 2)") is None
     assert said("<think>A or B</think><answer>B</answer>") == said("<think>A or B</think> B ") == said("B\n") == "B"
+    assert said("<answer> B\n</answer>") == said("<think>x</think> so <answer>A</answer> or <answer>B</answer>!") == "B"
+    assert said("<think><answer>A</answer></think>B") == "B" and said("<answer>B") == "<answer>B"
 
 
 # ------------------------------------------------------------------- scores by hand
