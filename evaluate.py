@@ -121,25 +121,30 @@ def tsv_fields(path, offset=0):
             for raw in f:
                 at, line = at + len(raw), line + 1
                 yield raw.decode("utf-8" if offset or line > 1 else "utf-8-sig", errors="replace")
-        reader, begin = csv.reader(lines(), delimiter="\t"), (at, 1)
-        for fields in reader:
-            yield *begin, fields
-            begin = at, line + 1
+        begin = at, 1
+        try:
+            for fields in csv.reader(lines(), delimiter="\t"):
+                yield *begin, fields
+                begin = at, line + 1
+        except csv.Error as e:
+            fail(f"{path}: line {line}: {e}")
 
 
 def literal(text):
-    """The list that a field like "['a', 'b']" stands for; None if it is none."""
+    """The list that a field like "['a', 'b']" stands for; None if it is none, or holds what JSON does not know."""
     try:
         value = ast.literal_eval(text.strip()) if text.strip().startswith("[") else None
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        json.dumps(value)                                                        # a model may write [1, ...] or [{1, 2}]
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
     return value if isinstance(value, list) else None
 
 
 def read_tsv(path):
     """(columns, [(line, row or BadRecord)], {picture: offset}). row: the fields as text, options {letter: text}, group and
-    copy of CircularEval (index modulo and by 1,000,000), and image, which names a picture. An empty field is absent; None,
-    NA or nan are words like any other, which pandas would drop."""
+    copy of CircularEval (index modulo and by 1,000,000, if any row repeats the options of another so), and image, which names
+    a picture. An empty field is absent; None, NA or nan are words like any other, which pandas would drop."""
+    whole = lambda index: re.sub(r"^(\d+)\.0+$", r"\1", index.strip())             # as pandas writes a column that had gaps
     records = tsv_fields(path)
     header = [name.replace("l2_category", "l2-category") for name in next(records, (0, 0, []))[2]]
     if missing := {"index", "question", "answer"} - set(header):
@@ -147,7 +152,7 @@ def read_tsv(path):
     rows, seen, place = [], set(), {}                                            # place: {index: (picture, offset)}
     for offset, line, fields in records:
         row = dict(zip(header, fields))
-        index = row.get("index", "").strip()
+        index = whole(row.get("index", ""))
         if len(fields) != len(header):
             lines = ", over several lines: a quote that is not closed?" if any("\n" in f for f in fields) else ""
             row = BadRecord(f"row {index}: {len(fields)} columns instead of {len(header)}{lines}")
@@ -159,10 +164,15 @@ def read_tsv(path):
             if len(image) > 64:
                 place[index] = hashlib.sha256(image.encode()).hexdigest(), offset
             number = int(index) if index.isdecimal() else None
-            row.update(index=index, image=image if len(image) <= 64 else index, number=number,
+            row.update(index=index, image=whole(image) if len(image) <= 64 else index, number=number,
                        group=index if number is None else str(number % 10**6), copy=(number or 0) // 10**6,
                        options={c: row[c] for c in string.ascii_uppercase if row.get(c)})
         rows.append((line, row))
+    good = {row["index"]: row for _, row in rows if isinstance(row, dict)}
+    texts = lambda index: sorted(good[index]["options"].values()) if index in good else None
+    if not any(row["copy"] and row["options"] and texts(row["index"]) == texts(row["group"]) for row in good.values()):
+        for row in good.values():                                                # large numbers, and no copies
+            row.update(group=row["index"], copy=0)
     for i, (line, row) in enumerate(rows):
         if isinstance(row, dict) and row["image"]:
             if row["image"] not in place:
@@ -198,7 +208,7 @@ def rotations(row):
 
 def question_text(row, ending):
     """VLMEvalKit's prompt: hint, question, options, and the request of the benchmark."""
-    if not row["options"] or "choices" in row:                                   # MathVista's questions have all in them
+    if not row["options"] or {"choices", "question_type"} <= set(row):           # MathVista's questions have all in them
         return row["question"] + ("" if ending.strip().rstrip(".").lower()[-9:] in row["question"].lower() else ending)
     hint = f"Hint: {row['hint']}\n" if row.get("hint") else ""
     return f"{hint}Question: {row['question']}\nOptions:\n" + "".join(f"{c}. {o}\n" for c, o in row["options"].items()) + ending
@@ -248,12 +258,15 @@ def true_wemath(row):
 
 def true_math(row):
     answer, kind = true_texts({"answer": row["answer"] or row.get("answer_option", "")})[0], row.get("answer_type")
+    letter = row.get("answer_option", "").strip(" ().").upper()
     try:
         if row.get("question_type") == "multi_choice":
             choices = literal(row.get("choices", "")) or row["options"].values()
             row["options"] = dict(zip(string.ascii_uppercase, map(str, choices)))
-            return row.get("answer_option", "").strip() or next(c for c, o in row["options"].items() if o == row["answer"])
+            return next(c for c, o in row["options"].items() if (c == letter if letter else o == row["answer"]))
         row["digits"] = int(float(row.get("precision") or 0)) or len(row["answer"].partition(".")[2])
+        if kind == "list" and literal(row["answer"]) is None:
+            raise ValueError
         return (int(float(answer)) if kind == "integer" else round(float(answer), row["digits"]) if kind == "float" else
                 literal(row["answer"]) if kind == "list" else row["answer"])
     except (ValueError, StopIteration, OverflowError):
@@ -261,12 +274,13 @@ def true_math(row):
 
 
 def said(prediction):
-    """What counts of a completion, without its thought: the last <answer>, or all of it."""
-    rest = prediction.rpartition("</think>")[2]
+    """What counts of a completion, without its thought: the last <answer>, or all of it; of an unfinished thought, nothing."""
+    rest = re.sub(r"^\s*<think>.*", "", prediction.rpartition("</think>")[2], flags=re.DOTALL)
     return (re.findall(r"<answer>(.*?)</answer>", rest, re.DOTALL) or [rest])[-1].strip()
 
 
-ARTICLE = re.compile(r"\bA(?=\s+(?!(?:is|because|since|as|or|and)\b)[a-z])")
+ARTICLE = re.compile(r"(?:^|(?<=[.!?]\s)|(?<=\bis\s))A(?=\s+(?!(?:is|was|because|since|as|or|and|if|with|given|for|in|on|at|by|"
+                     r"here|based|would|could|should|must|seems?|looks?|has|shows?|matches|fits|describes)\b)[a-z])")
 ANSWER_IS = re.compile(r"""(?i:answer\s*(?:is|:)\s*:?\s*(?:option\s+)?)["'(\[*]*([A-Z]\b|[a-z](?=\W*$))""")
 
 
@@ -274,8 +288,9 @@ def find_option(row, text):
     """The letter that `text` names, or None: VLMEvalKit's can_infer. Punctuation becomes spaces; exactly one option letter
     among the words, and one of the last four; else "answer is X"; else exactly one option's text inside an answer of at
     most twice the length of all options. Ours: the A of "A dog" is an article (theirs counts it), a lone letter may be
-    lower-case, and what cannot be read is wrong (with a judge, theirs ends in a random guess)."""
-    options, text = row["options"], ARTICLE.sub(" ", text)
+    lower-case, an answer that is one option's text is that option (10 of 1 and 10), and what cannot be read is wrong (with a
+    judge, theirs ends in a random guess)."""
+    options, whole, text = row["options"], text, ARTICLE.sub(" ", text)
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
     if len(words) == 1 and words[0].upper() in options:
         return words[0].upper()
@@ -284,8 +299,9 @@ def find_option(row, text):
         return letters.pop()
     if len(named) == 1 and named <= set(options):
         return named.pop()
-    inside = [c for c, o in options.items() if o.lower() in text.lower()]
-    return inside[0] if len(inside) == 1 and len(text) <= 2 * sum(map(len, options.values())) else None
+    inside = [c for c, o in options.items() if exact_match(whole, o)] or [
+        c for c, o in options.items() if o.lower() in whole.lower()]
+    return inside[0] if len(inside) == 1 and len(whole) <= 2 * sum(map(len, options.values())) else None
 
 
 def find_pope(row, text):
@@ -315,7 +331,7 @@ def find_math(row, text):
         return next((v for t in reversed(re.findall(r"\[[^\[\]]*\]", text)) if (v := literal(t)) is not None), None)
     if kind not in ("integer", "float"):
         return text or None
-    numbers = re.findall(r"(?<![\w.])-?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)", text)
+    numbers = re.findall(r"(?<![\w.])-?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?", text.replace("\u2212", "-"))
     value = float(numbers[-1].replace(",", "")) if numbers else math.inf
     return None if math.isinf(value) else int(value) if kind == "integer" else round(value, row["digits"])
 
@@ -349,11 +365,12 @@ def share(rows, top="right", bottom=None):
     return [(r["unit"], value(r, top), value(r, bottom)) for r in rows]
 
 
-def by(rows, column):
-    """{value: rows} of a column, which may list several values: a row counts in each."""
+def by(rows, column, several=False):
+    """{value: rows} of a column; several: it may list more than one, with commas, and a row counts in each."""
     groups = collections.defaultdict(list)
     for row in rows:
-        for value in filter(None, (v.strip() for v in str(row.get(column) or "").split(","))):
+        value = str(row.get(column) or "")
+        for value in filter(None, (v.strip() for v in (value.split(",") if several else [value]))):
             groups[value].append(row)
     return dict(sorted(groups.items()))
 
@@ -389,7 +406,7 @@ def score_options(rows):
 def score_pope(rows):
     """With yes as positive: accuracy, precision, recall, F1, and the share of yes among the *predictions*. Each split by
     itself, and pooled, where a row listed in three splits counts in each, as in the three official files."""
-    splits = by(rows, "category")
+    splits = by(rows, "category", several=True)
     pooled, scores = list(itertools.chain(*splits.values())) or rows, {}
     yes, true = lambda r: r["extracted"] != "no", lambda r: r["truth"] == "yes"
     for name, part in [("", pooled), *((f", category {s}", part) for s, part in splits.items())]:
@@ -419,7 +436,8 @@ def score_mme(rows):
 
 
 def score_hallusion(rows):
-    """aAcc: questions; fAcc: figures with all questions right; qAcc: questions right on all their figures; and their mean."""
+    """aAcc: questions; fAcc: figures with all questions right; qAcc: questions right on all their figures; and their mean.
+    What a skipped row, or one without the condition's picture, leaves of a figure counts as the figure."""
     parts = {"aAcc": rows, "fAcc": together(rows, "figure"), "qAcc": together(rows, "pair")}
     return {**{name: (100, [share(part)], part) for name, part in parts.items()},
             "mean": (100 / 3, [share(part) for part in parts.values()], rows)}
@@ -489,13 +507,15 @@ def with_intervals(scores):
 
 
 def gains(score, mine, other):
-    """Scores of `mine` less those of `other` on the rows that both have; the verdict is noise if the interval holds 0."""
+    """Scores of `mine` less those of `other` on the rows that both have; the verdict is noise if the interval holds 0, or there
+    are fewer than ten units, whose resampling says nothing."""
     common = {r["index"] for r in mine} & {r["index"] for r in other}
     a, b = ({} if not common else score([r for r in rows if r["index"] in common]) for rows in (mine, other))
     drawn = resample({(i, n): s for i, scores in enumerate((a, b)) for n, s in scores.items()}) if common else {}
     found = {n: {**interval(drawn[0, n][0] - drawn[1, n][0], drawn[0, n][1] - drawn[1, n][1]),
                  "n": len({r["index"] for r in a[n][2]})} for n in a if n in b}
-    return {n: {**g, "verdict": "noise" if g["low"] <= 0 <= g["high"] else "gain" if g["value"] > 0 else "loss"}
+    few = {n for n in found if len({r["unit"] for r in a[n][2]}) < 10}
+    return {n: {**g, "verdict": "noise" if n in few or g["low"] <= 0 <= g["high"] else "gain" if g["value"] > 0 else "loss"}
             for n, g in found.items()}
 
 
@@ -532,7 +552,7 @@ def kind_of(path, header, rows):
 
 def questions(rows, name, limit):
     """The rows to ask, with their truth, in the order of the file: those of the first `limit` questions, copies with them."""
-    kind, asked, groups = BENCHMARKS[name], [], set()
+    kind, asked, groups, units = BENCHMARKS[name], [], set(), {}
     copies = any(r["copy"] for _, r in rows if isinstance(r, dict))
     for line, row in rows:
         if isinstance(row, dict):
@@ -540,7 +560,7 @@ def questions(rows, name, limit):
             if row["group"] not in groups:
                 continue
             picture = row.get("image_path") or row["image"] or row["index"]
-            row["unit"] = f"{row.get('category')} {picture}" if name == "mme" else row["group"]
+            row["unit"] = units.setdefault(row["group"], f"{row.get('category')} {picture}" if name == "mme" else picture)
             try:
                 row["truth"] = kind.truth(row)
             except BadRecord as e:
@@ -574,6 +594,8 @@ def benchmark(args, root, rank, device):
         if isinstance(row, dict):
             row["place"] = next(places) if row["image"] else None
     conditions = [c for c in ASKED if c in args.conditions and (kind.score or c == "real")]
+    if args.backbone_accuracy is not None and name != "mcq":
+        fail(f"--backbone-accuracy is for the leakage of MMStar, and such multiple choice; {args.data} is read as {name}")
 
     def load(image):
         if image in offsets:
@@ -806,7 +828,7 @@ def report(args, results, settings, score, look):
             results["extraction"] = "by rules, no judge" + "; the official script asks an LLM" * (results["kind"] == "mathvista")
         results |= {c: with_intervals(score(found[c])) for c in CONDITIONS if found[c]}
         results |= {f"gain_over_{c}": gains(score, found["real"], found[c]) for c in CONDITIONS[1:] if found["real"] and found[c]}
-        if args.backbone_accuracy is not None and found["without"]:              # MMStar: what was learned from its own questions
+        if args.backbone_accuracy is not None and results.get("without"):        # MMStar: what was learned from its own questions
             blind = results["without"]["accuracy"]
             results["leakage"] = {k: round(max(0.0, blind[k] - args.backbone_accuracy), 2) for k in ("value", "low", "high")}
         sections = {k: v for k, v in results.items() if k in CONDITIONS or k.startswith("gain_over_")}

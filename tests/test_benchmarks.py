@@ -51,12 +51,20 @@ def values(scores):
     ("B", "B"), ("B.", "B"), ("(B)", "B"), ("b", "B"), ("(b).", "B"), ("**C**", "C"), ("The answer is C", "C"), ("The answer is c.", "C"),
     ("Answer: D", "D"), ("The correct answer is option (C).", "C"), ("The answer is C because it stands at the top left of it", "C"),
     ("The answer is B, not A.", "B"), ("A", "A"), ("A.", "A"), ("A. red", "A"), ("A is right", "A"), ("(A) red", "A"),
-    ("A dog", "C"), ("A dog stands there", "C"), ("A cat", None), ("The answer is a dog", "C"), ("The answer is A dog", "C"),
+    ("Option A seems right", "A"), ("I would go with A given the shape", "A"), ("The answer is A with high confidence", "A"),
+    ("A would be correct", "A"), ("A matches the picture", "A"), ("It is the second. A dog", "C"), ("A dog", "C"), ("A dog stands there", "C"), ("A cat", None), ("The answer is a dog", "C"), ("The answer is A dog", "C"),
     ("blue", "B"), ("It is BLUE!", "B"), ("red or blue", None), ("forest green", "D"), ("A or B", None), ("E", None), ("", None), ("I cannot tell", None),
     ("B is what I would say if I had to choose one of them", None), ("blue " + "and so on " * 9, None), ("reddish", "A")])
 def test_an_option_is_read_from_its_letter_the_phrase_or_its_text(text, letter):
     """Options: A red, B blue, C dog, D forest green; together 22 letters, so an answer of up to 44 may be searched for a text."""
     assert find_option({"options": COLOURS}, text) == letter
+
+
+def test_an_option_may_begin_with_an_article_or_hold_another():
+    dogs = {"A": "A man riding a horse", "B": "A dog in the park", "C": "Two cats", "D": "An empty street"}
+    assert [find_option({"options": dogs}, t) for t in ("A dog in the park", "a dog in the park.", "two cats")] == ["B", "B", "C"]
+    counts = {"A": "1", "B": "10", "C": "12", "D": "2"}
+    assert [find_option({"options": counts}, t) for t in ("10", "2.", "10 or 12", "3")] == ["B", "D", None, None]
 
 
 @pytest.mark.parametrize("text, pope, mme, words", [
@@ -85,6 +93,10 @@ def test_chartqa_tolerates_a_twentieth_of_a_number_and_nothing_else(target, give
     ({"answer_type": "float", "answer": "0.60", "precision": "2"}, "0.6", True), ({"answer_type": "float", "answer": "0.25"}, "$.25", True),
     ({"answer_type": "list", "answer": "[2007, 2008]"}, "Between [2007, 2008].", True),
     ({"answer_type": "list", "answer": "[2007, 2008]"}, "[2008, 2007]", False), ({"answer_type": "list", "answer": "[2007, 2008]"}, "2007 to 2008", None),
+    ({"answer_type": "list", "answer": "[1, 2]"}, "[1, 2, ...]", None), ({"answer_type": "list", "answer": "[1, 2]"}, "so [{{1}}]", None),
+    ({"answer_type": "list", "answer": "[1, 2]"}, "[{1, 2}] or [1j]", None), ({"answer_type": "integer", "answer": "-4"}, "x = \u22124", True),
+    ({"answer_type": "float", "answer": "2500000.0", "precision": "1"}, "2.5e6", True),
+    ({"question_type": "multi_choice", "choices": "['x', 'y']", "answer": "y", "answer_option": "(b)"}, "B", True),
     ({"answer_type": "text", "answer": "Blue"}, "blue.", True), ({"answer_type": "text", "answer": "blue"}, "", None),
     ({"question_type": "multi_choice", "answer_type": "text", "choices": "['3/11', '8/11']", "answer": "8/11"}, "(B) 8/11", True),
     ({"question_type": "multi_choice", "answer_type": "text", "choices": "['3/11', '8/11']", "answer": "8/11", "answer_option": "B"}, "3/11", False)])
@@ -100,7 +112,7 @@ def test_an_answer_may_be_a_list_and_a_completion_may_think_first():
     assert BENCHMARKS["chartqa"].equal(["14", "20"], "19.5") and BENCHMARKS["exact"].equal(["a cat", "cat"], " Cat. ") and literal("(1, 2)") is None
     assert said("<think>A or B</think><answer>B</answer>") == said("<think>A or B</think> B ") == said("B\n") == "B"
     assert said("<answer> B\n</answer>") == said("<think>x</think> so <answer>A</answer> or <answer>B</answer>!") == "B"
-    assert said("<think><answer>A</answer></think>B") == "B" and said("<answer>B") == "<answer>B"
+    assert said("<think><answer>A</answer></think>B") == "B" and said("<answer>B") == "<answer>B" and said("<think>It may be B") == ""
 
 
 # ------------------------------------------------------------------- scores by hand
@@ -214,7 +226,34 @@ def test_fields_with_line_ends_quotes_and_na_come_back_and_line_numbers_are_thos
     header, found, _ = read_tsv(tsv(tmp_path / "x.tsv", rows))
     assert [line for line, _ in found] == [2, 4] and found[0][1]["question"] == 'a "b"\nc\td' and "l2-category" in header
     assert [r["options"] for _, r in found] == [{"A": "None", "B": "NA"}, {"A": "nan", "B": "é", "C": "null"}]
-    assert [(r["group"], r["copy"]) for _, r in found] == [("5", 0), ("5", 1)]
+
+
+def test_a_row_is_a_copy_if_the_file_repeats_options_a_million_further_on_and_else_its_number_is_just_large(tmp_path):
+    row = lambda index, *options, **more: {"index": index, "question": "q", **dict(zip("AB", options)), "answer": "A", **more}
+    found = lambda name, *rows: [(r["index"], r["group"], r["copy"]) for _, r in read_tsv(tsv(tmp_path / name, rows))[1]]
+    assert found("x.tsv", row(5, "x", "y"), row(1000005, "y", "x")) == [("5", "5", 0), ("1000005", "5", 1)]
+    assert found("x.tsv", row("5.0", "x", "y"), row("1000005.0", "y", "x")) == [("5", "5", 0), ("1000005", "5", 1)]        # by pandas
+    assert found("x.tsv", row(5, "x", "y"), row(1000005, "y", "z")) == [("5", "5", 0), ("1000005", "1000005", 0)]
+    assert found("x.tsv", row(1, answer="yes"), row(1000001, answer="yes")) == [("1", "1", 0), ("1000001", "1000001", 0)]   # no options
+
+
+def test_a_lone_carriage_return_is_one_line_with_the_file_and_a_choices_column_hides_no_options(tmp_path):
+    (tmp_path / "x.tsv").write_bytes(b"index\tquestion\tanswer\n1\ta\rb\tyes\n")
+    with pytest.raises(SystemExit, match=r"x\.tsv: line 2: .*new-line"):
+        read_tsv(tmp_path / "x.tsv")
+    row = {"question": "Which?", "options": {"A": "x", "B": "y"}, "choices": "mine"}
+    assert "A. x\nB. y\n" in evaluate.question_text(row, "") and "A. x" not in evaluate.question_text({**row, "question_type": "free_form"}, "")
+
+
+def test_questions_about_one_picture_are_one_unit_of_the_bootstrap(tmp_path):
+    picture = lambda i: base64.b64encode(bytes([i]) * 60).decode()
+    rows = [{"index": 0, "image": picture(0), "category": "a, b"}, {"index": 1, "image": "0", "category": "a, b"},
+            {"index": 2, "image": picture(1), "category": "c"}, {"index": 3, "image": "", "category": "c"}]
+    asked = questions(read_tsv(tsv(tmp_path / "x.tsv", [{"question": "q", "answer": "yes", **r} for r in rows]))[1], "yesno", None)
+    units = [r["unit"] for _, r in asked]
+    assert units[0] == units[1] and len(set(units)) == 3
+    scored = accuracy([{**r, "right": True, "unparsed": False} for _, r in asked])
+    assert [n for n in scored if "category" in n] == ["accuracy, mean of category", "accuracy, category a, b", "accuracy, category c"]
 
 
 def test_a_limit_counts_questions_and_takes_their_copies(tmp_path):
