@@ -16,8 +16,9 @@ A caption can be wrong, and then so is exact_match; toy_world.py knows the truth
 BENCHMARKS below has a line for each kind. No judge is called: rules extract the answers, and what they cannot read is
 unparsed, counted, and wrong (POPE's own rule makes it a yes).
 
-All figures are percentages with a 95% bootstrap interval over independent questions; gains between conditions and against
---compare are paired. The page shows them, with the curves of the training that the model comes from, and examples.
+All figures are percentages with a 95% bootstrap interval over pictures (of masks: captions), since questions about one are
+not independent; gains between conditions and against --compare are paired. The page shows them, with the curves of the
+training that the model comes from, and examples.
 
     python evaluate.py                                                               # the toy world's base model
     python evaluate.py --model run/checkpoint-500 --data masks_val.jsonl --out eval --compare eval_base
