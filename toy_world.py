@@ -37,7 +37,8 @@ What results.json holds (masks and predictions: those of the validation captions
 
 What study.json holds, every figure as {values (one a seed), mean, std}:
 
-    arms, bias          by arm (ARMS), and by bias and arm: the metrics above, and reliance_*: less those of a shuffled picture
+    arms, bias          by arm (ARMS), and by bias and arm: the metrics above, and reliance_*: less those of a shuffled picture;
+                        clip is no policy but the teacher: its choice of colour for objects not painted in their stereotype
     masks               the same by what a policy was trained on, and by the kind of masks that it is judged on
     dependency, rules   what the default scores find, and what the masks of each threshold rule hit
     probe               by model: layers (D_vis of each alone) and patches (metrics with 1, 2 or 4 of 16 patches painted over:
@@ -81,7 +82,7 @@ from build_masks import MASK, annotate, mask_caption, threshold_rule, usual_by_p
 from evaluate import (BENCHMARKS, chart, curves, examples, generate, mask_index, predictions_of, question_text, table,
                       write_results_page)
 from grpo_train import Policy
-from reward import FILL_PROMPT, exact_match, parse_completion, target_completion
+from reward import FILL_PROMPT, ClipScorer, exact_match, parse_completion, target_completion
 from score_dependency import (CAPTION_PROMPT, Scorer, append_responses, chat_prompt, cli, encode_prompt, encode_prompts,
                               encode_responses, fail, load_image, load_vlm, read_jsonl, same_run, score_record, spearman,
                               split_sentences, token_logps, tokens_of, write_atomically, writing)
@@ -180,6 +181,19 @@ def questions(folder, split, said=False):
             words = re.findall(r"\w+", captions[record["id"]][sentence["start"]:sentence["end"]])
             answer = next(w for w in words if w in COLOURS) if said else o["colour"]
             yield record["id"], o["kind"], SEEN[1].format(**{**o, "colour": MASK}), options, answer
+
+
+def clip_metrics(folder):
+    """What CLIP says of questions() about validation objects that are not painted in their stereotype colour: the shares of
+    its first choices, among the five colours, that are the painted one and the stereotype."""
+    clip, right, stereotype = ClipScorer(str(folder / "clip")), [], []
+    for name, kind, sentence, options, painted in questions(folder, "val"):
+        if painted != STEREOTYPE[kind]:
+            image, colours = load_image(folder, f"images/{name}.png", SIDE * SIDE), list(options.values())
+            first = colours[clip([image], [[sentence.replace(MASK, c) for c in colours]], "answers")[0].argmax()]
+            right.append(first == painted)
+            stereotype.append(first == STEREOTYPE[kind])
+    return {"exact_match_truth": statistics.mean(map(float, right)), "stereotype_rate": statistics.mean(map(float, stereotype))}
 
 
 def write_benchmark(folder):
@@ -690,7 +704,8 @@ def run_piece(out, bias, seed, device, name, *rest):
         train = records_of(out / "train.jsonl")
         images = [load_image(out, r["image"], SIDE * SIDE) for r in train]
         build, batch_size = (train_base, 32) if name == "base" else (train_clip, 128)
-        return build(out / name, train, images, int(rest[0]), batch_size, 2e-3, seed, device)
+        build(out / name, train, images, int(rest[0]), batch_size, 2e-3, seed, device)
+        return write_atomically(out / "teacher.json", [json.dumps(clip_metrics(out))]) if name == "clip" else None
     probe = Probe(out, rest[1], int(rest[2]), device)
     found = probe.robustness() if name == "robustness" else {"layers": probe.layers(), "patches": probe.patches(seed)}
     write_atomically(out / rest[0], [json.dumps(found)])
@@ -854,6 +869,8 @@ def world_results(w):
     for name in ("base", *ARMS):
         if metrics := judged(f"eval_{name}"):
             found["arms"][name] = metrics
+    if (w / "teacher.json").exists():
+        found["arms"]["clip"] = json.loads((w / "teacher.json").read_text())
     for name in ("base", "mmrpt", *KINDS):
         if metrics := {kind: m for kind in KINDS if (m := judged(f"eval_{name}_val_{kind}"))}:
             found["masks"][name] = {"span": judged(f"eval_{name}"), **metrics}
@@ -876,7 +893,7 @@ def study(out, seeds, small):
     results = aggregate([world_results(out / f"seed{s}") for s in seeds])
     arms = {b: aggregate([world_results(out / f"bias{b}-seed{s}").get("arms") for s in seeds]) for b in BIASES}
     arms[0.5] = results.get("arms", {})
-    results["bias"] = {str(b): {k: arms[b][k] for k in ("base", "sft", "mmrpt") if k in arms[b]} for b in sorted(arms)}
+    results["bias"] = {str(b): {k: arms[b][k] for k in ("base", "sft", "mmrpt", "clip") if k in arms[b]} for b in sorted(arms)}
     jobs = json.loads((out / "jobs.json").read_text()) if (out / "jobs.json").exists() else {}
     write_atomically(out / "study.json", [json.dumps({
         "settings": settings, "flags": ARMS, **results, "failed": failed, "jobs": jobs}, indent=1)])
@@ -921,7 +938,8 @@ def study_page(out, results):
     yield tabled("Which masks?", "Policies trained on default spans (mmrpt), random spans and whole sentences, each judged on "
                  "all of them. A whole sentence can be put in four ways, so that exact matches are few.", kinds,
                  list(dict.fromkeys(m for row in kinds.values() for m in row)))
-    yield charts("And the descriptive bias?", "By the share of objects that captions give the stereotype colour.",
+    yield charts("And the descriptive bias?", "By the share of objects that captions give the stereotype colour; clip: the "
+                 "teacher's choice among the colours of objects that have another.",
                  [drawn(m.replace("_", " "), turned(results.get("bias", {})), m) for m in (truth, lies)])
     yield tabled("Does D<sub>vis</sub> find what needs the picture?", "AUROC over sentences; rank correlation with the ablation.",
                  {name.replace("_", " "): {"default layers": f} for name, f in results.get("dependency", {}).items()},

@@ -98,6 +98,8 @@ def test_arms_are_judged_against_the_truth_and_by_what_a_shuffled_picture_leaves
         "exact_match_truth": 1, "stereotype_rate": 0, "exact_match_caption": 0, "reliance_exact_match_truth": 0.5,
         "reliance_stereotype_rate": -0.5, "reliance_exact_match_caption": 0}}}
 
+    (tmp_path / "teacher.json").write_text('{"exact_match_truth": 0.9}')
+    assert list(world_results(tmp_path)["arms"]) == ["mmrpt", "clip"]
     (tmp_path / "eval_mmrpt").rename(tmp_path / "eval_base_val_random")             # the same, of the base on other masks
     masks = world_results(tmp_path)["masks"]
     assert list(masks) == ["base"] and masks["base"]["span"] == {} and masks["base"]["random"]["exact_match_truth"] == 1
