@@ -42,6 +42,7 @@ def child(stage, arguments, log, trap, env):
     for fd in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)             # ignored where a shell runs the tests in the background
     sys.argv = [stage, *map(str, arguments)]
     module = importlib.import_module(stage)
     if trap:
