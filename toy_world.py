@@ -549,7 +549,7 @@ ARMS = {                       # name: (flags of build_masks.py, flags of grpo_t
     "relative_none": ((), ("--relative", "none")),
     "dr_grpo": ((), ("--loss", "dr_grpo")),
     "dapo": ((), ("--loss", "dapo", "--clip-eps", "0.2", "0.28"))}
-BIASES = (0.0, 0.8, 0.2)                                        # beside 0.5, that of the arms; both ends first
+BIASES = (0.0, 0.8, 0.2)                                        # beside 0.5, that of the arms; the ends first, if time is short
 KINDS = ("random", "sentence")                                  # of masks, beside the default spans
 SIZES = {     # pictures to train on, held out; steps of base, CLIP; captions scored; updates, prompts of each; masks judged
     "full": (12000, 300, 850, 700, 1500, 50, 32, 400), "small": (120, 16, 6, 4, 16, 2, 2, 8)}
@@ -701,10 +701,11 @@ def run_piece(out, bias, seed, device, name, *rest):
     if name == "world":
         return make_world(out, *map(int, rest), bias, seed)
     if name in ("base", "clip"):
-        train = records_of(out / "train.jsonl")
-        images = [load_image(out, r["image"], SIDE * SIDE) for r in train]
-        build, batch_size = (train_base, 32) if name == "base" else (train_clip, 128)
-        build(out / name, train, images, int(rest[0]), batch_size, 2e-3, seed, device)
+        if not (out / name).exists():                           # of clip the kill may have come after it, see below
+            train = records_of(out / "train.jsonl")
+            images = [load_image(out, r["image"], SIDE * SIDE) for r in train]
+            build, batch_size = (train_base, 32) if name == "base" else (train_clip, 128)
+            build(out / name, train, images, int(rest[0]), batch_size, 2e-3, seed, device)
         return write_atomically(out / "teacher.json", [json.dumps(clip_metrics(out))]) if name == "clip" else None
     probe = Probe(out, rest[1], int(rest[2]), device)
     found = probe.robustness() if name == "robustness" else {"layers": probe.layers(), "patches": probe.patches(seed)}
@@ -740,7 +741,7 @@ def world_jobs(w, seed, bias, size, arms, full):
 
     piece("world", [], "truth.jsonl", "world", n_train, n_val)
     piece("base", ["world"], "base", "base", base_steps)
-    piece("clip", ["world"], "clip", "clip", clip_steps)
+    piece("clip", ["world"], "teacher.json", "clip", clip_steps)                # clip/, and then what it knows
     for split, flags in (("val", ["--ablation"]), ("train", ["--limit", scored])):
         job(f"score {split}", ["base"], f"scores_{split}.jsonl", "score_dependency.py", "--model", f"{w}/base", "--data",
             f"{w}/{split}.jsonl", *flags, "--out", f"{w}/scores_{split}.jsonl")

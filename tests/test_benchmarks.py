@@ -200,6 +200,8 @@ def test_a_gain_of_a_point_is_noise_and_a_paired_one_on_every_row_is_not():
     other = [answer(i, rng.random() < 0.51) for i in range(400)]
     better = [{**r, "right": r["right"] or i % 25 == 0} for i, r in enumerate(base)]
     assert gains(accuracy, other, base)["accuracy"]["verdict"] == "noise"
+    few = [gains(accuracy, [answer(i) for i in range(n)], [answer(i, False) for i in range(n)])["accuracy"] for n in (9, 10)]
+    assert [(g["low"], g["verdict"]) for g in few] == [(100, "noise"), (100, "gain")]       # nine agree by chance too easily
     found = gains(accuracy, better, base)["accuracy"]
     assert found["verdict"] == "gain" and found["value"] < 4.1 and found["n"] == 400
     assert gains(accuracy, base, better)["accuracy"]["verdict"] == "loss" and gains(accuracy, base, base[:7])["accuracy"]["n"] == 7

@@ -105,6 +105,26 @@ def test_arms_are_judged_against_the_truth_and_by_what_a_shuffled_picture_leaves
     assert list(masks) == ["base"] and masks["base"]["span"] == {} and masks["base"]["random"]["exact_match_truth"] == 1
 
 
+def test_the_teacher_is_asked_for_the_colour_of_what_is_not_painted_in_its_stereotype(tmp_path, monkeypatch):
+    """A CLIP that always prefers red: right for the red squares and triangles, the stereotype for circles of another colour."""
+    toy_world.make_world(tmp_path, 1, 30, 0.5, 0)
+    objects = [o for line in (tmp_path / "truth.jsonl").read_text().splitlines() if json.loads(line)["id"].startswith("val")
+               for o in json.loads(line)["objects"] if o["colour"] != o["stereotype"]]
+    monkeypatch.setattr(toy_world, "ClipScorer", lambda path: lambda images, texts, relative: torch.tensor(
+        [[float(" red " in text) for text in group] for group in texts]))
+    found = toy_world.clip_metrics(tmp_path)
+    assert found["exact_match_truth"] == pytest.approx(sum(o["colour"] == "red" for o in objects) / len(objects)) and 0 < found["exact_match_truth"] < 1
+    assert found["stereotype_rate"] == pytest.approx(sum(o["kind"] == "circle" for o in objects) / len(objects))
+
+
+def test_a_kill_between_clip_and_what_it_knows_costs_no_second_clip(tmp_path, monkeypatch):
+    (tmp_path / "clip").mkdir()
+    monkeypatch.setattr(toy_world, "train_clip", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(toy_world, "clip_metrics", lambda out: {"exact_match_truth": 1.0})
+    toy_world.run_piece(tmp_path, 0.5, 0, None, "clip", "700")
+    assert json.loads((tmp_path / "teacher.json").read_text()) == {"exact_match_truth": 1.0}
+
+
 JOBS = study_jobs("runs/study", (0, 1, 2), False)
 
 
