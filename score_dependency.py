@@ -655,12 +655,14 @@ def score_record(record, shares, gains, offsets):
     return {**record, "sentences": sentences}
 
 
+def ranks(values):
+    """The ranks of a sequence, from 1, ties at their mean rank: (N,) in fp64."""
+    _, inverse, counts = torch.as_tensor(values, dtype=torch.float64).unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[inverse]
+
+
 def spearman(x, y):
-    """Rank correlation of two sequences, ties at their mean rank; nan if one is constant."""
-    def ranks(values):
-        values = torch.as_tensor(values, dtype=torch.float64)
-        _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-        return (counts.cumsum(0) - (counts - 1) / 2)[inverse]
+    """Rank correlation of two sequences; nan if one is constant."""
     return torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1].item() if len(x) > 1 else float("nan")
 
 

@@ -84,8 +84,8 @@ from evaluate import (BENCHMARKS, chart, curves, examples, generate, mask_index,
 from grpo_train import Policy
 from reward import FILL_PROMPT, ClipScorer, exact_match, parse_completion, target_completion
 from score_dependency import (CAPTION_PROMPT, Scorer, append_responses, chat_prompt, cli, encode_prompt, encode_prompts,
-                              encode_responses, fail, load_image, load_vlm, read_jsonl, same_run, score_record, spearman,
-                              split_sentences, token_logps, tokens_of, write_atomically, writing)
+                              encode_responses, fail, load_image, load_vlm, ranks, read_jsonl, same_run, score_record,
+                              spearman, split_sentences, token_logps, tokens_of, write_atomically, writing)
 
 # ------------------------------------------------------------------- the world
 
@@ -395,12 +395,9 @@ def train_clip(out, records, images, steps, batch_size, lr, seed, device):
 
 def auroc(scores, labels):
     """P(a positive scores above a negative), ties half: the rank-sum formula. nan without both."""
-    order = torch.tensor(scores, dtype=torch.float64)
-    _, inverse, counts = order.unique(return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum(0) - (counts - 1) / 2)[inverse]                       # from 1, ties at their mean rank
     positive = torch.tensor(labels, dtype=torch.bool)
     p, n = positive.sum().item(), (~positive).sum().item()
-    return (ranks[positive].sum().item() - p * (p + 1) / 2) / (p * n) if p and n else float("nan")
+    return (ranks(scores)[positive].sum().item() - p * (p + 1) / 2) / (p * n) if p and n else float("nan")
 
 
 def sentence_at(truth, start, end):
@@ -661,14 +658,12 @@ class Probe:
     def patches(self, seed):
         """{patches hidden: {which: metrics}}: those that the mask's sentence attends to most or least, any, or any of the
         quarters with other objects (objects: random patches often hide only background)."""
-        n, rng = len(self.model.get_decoder().layers), random.Random(seed)
+        rng, scorer, orders, others = random.Random(seed), Scorer(*load_vlm(self.checkpoint, self.device)), [], []
         captions = {c["id"]: c["caption"] for c in self.captions}
-        eager, orders, others = load_vlm(self.checkpoint, self.device)[0], [], []
-        eager.set_attn_implementation({"text_config": "eager"})
         for m, image in zip(self.masks, self.images):
             sentence = sentence_at(self.truth[m["id"]], m["start"], m["end"])
-            shares = patch_shares(eager, self.processor, image, captions[m["id"]], (sentence["start"], sentence["end"]),
-                                  range(n // 2, max(n // 2 + 1, n * 3 // 4)))                         # Scorer's default
+            _, _, offsets, cells = scorer([scorer.prepare(image, captions[m["id"]])], maps=True)[0]
+            shares = cells[tokens_of((sentence["start"], sentence["end"]), offsets)].mean(0)          # (V,)
             orders.append(shares.argsort(descending=True).tolist())
             objects = self.truth[m["id"]]["objects"]
             others.append(patches_of([o for i, o in enumerate(objects) if i != sentence["object"]]))
@@ -679,18 +674,6 @@ class Probe:
             found[str(k)] = {name: self.metrics(self.masks, [hide_patches(*pair) for pair in zip(self.images, patches)])
                              for name, patches in chosen.items()}
         return found
-
-
-@torch.no_grad()
-def patch_shares(model, processor, image, caption, span, layers):
-    """D_vis, equation (1), of the characters `span` of a caption, split by visual token: (V,). model: with eager attention."""
-    ids, mask, offsets = encode_responses(processor, [caption], model.device)
-    batch = append_responses(encode_prompts(model, processor, [chat_prompt(processor, CAPTION_PROMPT)], [[image]]), ids, mask)
-    maps = model.model(**batch, use_cache=False, output_attentions=True).attentions
-    rows, S = tokens_of(span, offsets[0]), ids.shape[1]
-    maps = torch.stack([maps[i][0].mean(0)[-S:][rows] for i in layers])                               # (L, |s|, N)
-    visual = maps[..., batch["input_ids"][0] == model.config.image_token_id]
-    return (visual / (visual.sum(-1, keepdim=True) + maps[..., -S:].sum(-1, keepdim=True))).mean((0, 1))
 
 
 def run_piece(out, bias, seed, device, name, *rest):

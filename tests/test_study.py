@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 import toy_world
-from score_dependency import Scorer, load_vlm, score_record
+from score_dependency import CAPTION_PROMPT, Scorer, append_responses, chat_prompt, encode_prompts, encode_responses, load_vlm
 from test_toy import CAPTION, TRUTH, prediction
 from tiny import picture
-from toy_world import (ARMS, CORRUPTIONS, aggregate, corrupt, hide_patches, misleading, patch_shares, run_jobs, sample_pair,
+from toy_world import (ARMS, CORRUPTIONS, aggregate, corrupt, hide_patches, misleading, run_jobs, sample_pair,
                        spread, study_jobs, world_results)
 
 
@@ -63,15 +63,19 @@ def test_hidden_patches_are_the_right_pixels():
 
 
 @torch.no_grad()
-def test_patch_shares_add_up_to_the_score_of_the_sentence(checkpoint):
-    eager, processor = load_vlm(checkpoint("idefics3"), torch.device("cpu"))
-    eager.set_attn_implementation({"text_config": "eager"})
-    scorer = Scorer(*load_vlm(checkpoint("idefics3"), torch.device("cpu")), [1])
-    record = {"id": "x", "image": "x.png", "caption": CAPTION}
-    scored = score_record(record, *scorer([scorer.prepare(picture(0), CAPTION)])[0])
-    for sentence in scored["sentences"]:
-        shares = patch_shares(eager, processor, picture(0), CAPTION, (sentence["start"], sentence["end"]), [1])
-        assert shares.ndim == 1 and shares.sum().item() == pytest.approx(sentence["score"], abs=1e-5)
+@pytest.mark.parametrize("family", ["idefics3", "qwen2_5_vl"])
+def test_the_shares_that_patches_are_ordered_by_are_those_of_eager_maps(checkpoint, family):
+    """Equation (1) by visual token, as Probe.patches() takes it, against the plain maps of all tokens."""
+    model, processor = load_vlm(checkpoint(family), torch.device("cpu"))
+    scorer = Scorer(*load_vlm(checkpoint(family), torch.device("cpu")), [1])
+    *_, cells = scorer([scorer.prepare(picture(0), CAPTION)], maps=True)[0]
+    model.set_attn_implementation({"text_config": "eager"})
+    ids, mask, _ = encode_responses(processor, [CAPTION], model.device)
+    batch = append_responses(encode_prompts(model, processor, [chat_prompt(processor, CAPTION_PROMPT)], [[picture(0)]]), ids, mask)
+    maps = model.model(**batch, use_cache=False, output_attentions=True).attentions[1][0].mean(0)[-ids.shape[1]:]     # (S, N)
+    visual = maps[:, batch["input_ids"][0] == model.config.image_token_id]
+    shares = visual / (visual.sum(-1, keepdim=True) + maps[:, -ids.shape[1]:].sum(-1, keepdim=True))
+    torch.testing.assert_close(cells, shares, atol=1e-5, rtol=0)
 
 
 def test_misleading_text_names_the_stereotype_of_an_object_that_has_another_colour():
