@@ -78,6 +78,27 @@ def test_the_shares_that_patches_are_ordered_by_are_those_of_eager_maps(checkpoi
     torch.testing.assert_close(cells, shares, atol=1e-5, rtol=0)
 
 
+def test_attended_patches_are_those_with_the_largest_shares_of_the_masks_sentence(monkeypatch):
+    """A sentence that looks at patch 9, then 4, and least at 3; the other sentence looks elsewhere. The other object: bottom right."""
+    cells = torch.full((4, 16), 0.1)
+    cells[:2, 3], cells[2:, 9], cells[2:, 4], cells[2:, 3] = 5.0, 3.0, 2.0, 0.0                   # tokens of "A a." and of "B b."
+    offsets = [(0, 1), (2, 4), (5, 6), (7, 9)]
+    monkeypatch.setattr(toy_world, "load_vlm", lambda *_: (None, None))
+    monkeypatch.setattr(toy_world, "Scorer", lambda *_: type("Fake", (), {
+        "prepare": lambda self, image, caption: None, "__call__": lambda self, rows, maps: [(None, None, offsets, cells)]})())
+    sentences = [{"start": 0, "end": 4, "object": 0}, {"start": 5, "end": 9, "object": 1}]
+    probe = toy_world.Probe.__new__(toy_world.Probe)
+    probe.checkpoint, probe.device, probe.captions = "", None, [{"id": "x", "caption": "A a. B b."}]
+    probe.truth = {"x": {"sentences": sentences, "objects": [{"place": "bottom right"}, {"place": "top left"}]}}
+    probe.masks, probe.images = [{"id": "x", "start": 5, "end": 6}], [picture(0).resize((64, 64))]
+    probe.metrics = lambda masks, images: images[0].tobytes()
+    found, image = probe.patches(0), probe.images[0]
+    assert found["0"]["none"] == image.tobytes()
+    assert found["1"]["attended"] == hide_patches(image, [9]).tobytes() and found["2"]["attended"] == hide_patches(image, [9, 4]).tobytes()
+    assert found["1"]["least"] == hide_patches(image, [3]).tobytes()
+    assert found["4"]["objects"] == hide_patches(image, [10, 11, 14, 15]).tobytes()
+
+
 def test_misleading_text_names_the_stereotype_of_an_object_that_has_another_colour():
     said = "A circle has no corners. The top left holds a large red circle. The top right holds a small white square."
     two = {"objects": TRUTH["x"]["objects"] + [{**TRUTH["x"]["objects"][0], "colour": "white"}],
@@ -130,6 +151,26 @@ def test_a_kill_between_clip_and_what_it_knows_costs_no_second_clip(tmp_path, mo
 
 
 JOBS = study_jobs("runs/study", (0, 1, 2), False)
+
+
+def test_the_default_arm_is_what_the_readme_calls_the_defaults(monkeypatch):
+    """No flag says so: place, spans, words, relative to answers, grpo."""
+    class Parsed(Exception):
+        pass
+
+    def parse(self, *args, **kwargs):
+        raise Parsed(vars(original(self, *args, **kwargs)))
+    original = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    found = {}
+    for name in ("mask train", "train mmrpt"):
+        command = next(job[3] for job in JOBS if job[0] == f"seed0 {name}")
+        monkeypatch.setattr(sys, "argv", list(command))
+        with pytest.raises(Parsed) as parsed:
+            importlib.import_module(Path(command[0]).stem).main()
+        found |= parsed.value.args[0]
+    assert [found[k] for k in ("threshold", "granularity", "select", "credit", "relative", "loss", "objective")] == [
+        "place", "span", "dependency", "words", "answers", "grpo", "grpo"]
 
 
 def test_every_command_of_the_study_is_one_that_its_script_accepts(monkeypatch):
