@@ -1,0 +1,1 @@
+"""What the stages share and no reader of the paper came for."""

@@ -1,0 +1,253 @@
+"""The policy: a vision-language model that samples completions and scores them, sharing prompts.
+
+The G completions of a group share their prompt, and most of a prompt is image. It is run once: its
+KV cache, graph and all, starts the rollout and is used again when the completions are scored. The
+completions of a group lie side by side in one row, each masked from the others, so the cache is
+never copied. The gradient is that of the plain computation, vision tower included, for P + G S
+tokens instead of G (P + S). Prior art: Prefix Grouper (2506.05433), Tree Training (2511.00413).
+"""
+
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from common.vlm import join_prompts, response_positions, token_logps
+
+# fp32 logits exist for so many tokens at a time
+LOGITS_CHUNK = 1024
+
+
+def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """sdpa without the copies of keys and values that transformers makes at every step.
+
+    query (B, H, n, d), key and value (B, H_kv, m, d), mask (B, 1, n, m), or repeated already to
+    (B, 1, H / H_kv * n, m). Heads that share a key become rows. Returns (B, n, H, d).
+    """
+    if attention_mask is None:
+        # causal, without padding: torch shares the keys itself
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
+    B, H, n, d = query.shape
+    rows = query.reshape(B, key.shape[1], -1, d)  # (B, H_kv, H / H_kv * n, d)
+    repeats = rows.shape[2] // attention_mask.shape[2]
+    if repeats > 1:
+        attention_mask = attention_mask.repeat(1, 1, repeats, 1)
+    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.view(B, H, n, d).transpose(1, 2).contiguous(), None
+
+
+class Policy(nn.Module):
+    """A vision-language model with a sampling temperature.
+
+    DDP wraps it, so forward() does everything that needs a graph. The model stays in eval mode:
+    dropout would make old and new log-probs differ.
+
+    eos_ids: ids that end a completion. suppressed_ids: ids that are never sampled, as an image
+    token would ask for pixels (trl#3847).
+    """
+
+    def __init__(self, model, processor, temperature=1.0):
+        super().__init__()
+        AttentionInterface.register("grouped", grouped_attention)
+        AttentionMaskInterface.register("grouped", sdpa_mask)
+        model.set_attn_implementation({"text_config": "grouped"})
+        self.model = model
+        self.processor = processor
+        self.temperature = temperature
+        self.rollout_seconds = 0.0
+
+        text = model.config.get_text_config()
+        key_heads = text.num_key_value_heads or text.num_attention_heads
+        self.heads_per_key = text.num_attention_heads // key_heads
+
+        eos = model.generation_config.eos_token_id
+        eos = eos if isinstance(eos, list) else [eos]
+        self.eos_ids = sorted({processor.tokenizer.eos_token_id, *eos} - {None})
+
+        names = ("image_token_id", "video_token_id", "vision_start_token_id")
+        suppressed = [getattr(model.config, name, None) for name in names]
+        self.suppressed_ids = [i for i in suppressed if i is not None]
+
+    def forward(self, batch, group, uniforms=None, ids=None, mask=None):
+        """One pass over B prompts, then their completions: sampled, or given and only scored.
+
+        batch: join_prompts(). group: G. uniforms: (B*G, S) in [0, 1), one per token, decide what
+        is sampled; or ids and mask (B*G, S) are given. Returns ids, mask (B*G, S), where the mask
+        ends with the first eos token, and logps and entropy (B*G, S) in nats, with a graph.
+        """
+        began = time.time()
+        prompt_end, cache = self.prefill(batch)
+        if ids is None:
+            # autocast keeps its casts of weights: the first one must not be under no_grad
+            self.logits(prompt_end)
+            ids, mask = self.sample(batch, prompt_end, cache, uniforms)
+            self.rollout_seconds += time.time() - began
+
+        hidden = prompt_end.repeat_interleave(group, 0)  # (B*G, 1, D): it predicts the first token
+        S = ids.shape[1] - 1
+        if S:
+            completions = ids[:, :-1].reshape(-1, group * S)
+            positions = response_positions(batch["position_ids"], S).repeat_interleave(group, -2)
+            positions = positions.reshape(*batch["position_ids"].shape[:-1], group * S)
+            causal_blocks = torch.block_diag(*torch.ones(group, S, S, device=ids.device).tril())
+            later = self.extend(batch, cache, completions, positions, causal_blocks.bool())
+            hidden = torch.cat([hidden, later.reshape(len(ids), S, -1)], 1)
+        logps, entropy = self.token_logps(hidden, ids)
+        return ids, mask, logps, entropy
+
+    def prefill(self, batch):
+        """One pass over B prompts: last hidden states (B, 1, D) and the cache, graph and all."""
+        out = self.model.model(**batch, use_cache=True)
+        cache = out.past_key_values
+        if cache is None or cache.get_seq_length() != batch["input_ids"].shape[1]:
+            # train() with gradient checkpointing drops it without a word
+            raise RuntimeError(
+                "the model kept no cache of the prompt: switch gradient checkpointing off"
+            )
+        return out.last_hidden_state[:, -1:], cache
+
+    def extend(self, batch, cache, ids, positions, block_mask):
+        """Hidden states (B, n, D) of n more tokens per prompt; `cache` grows by them.
+
+        The completions of a group lie in one row: each sees the whole prompt and, by block_mask
+        (n, m), its own among the m tokens after it.
+        """
+        prompt_mask = batch["attention_mask"].bool()[:, None, None]
+        prompt_mask = prompt_mask.expand(-1, 1, len(block_mask), -1)
+        visible = torch.cat([prompt_mask, block_mask.expand(len(ids), 1, -1, -1)], -1)
+        visible = visible.repeat(1, 1, self.heads_per_key, 1)  # (B, 1, H / H_kv * n, P + m)
+        out = self.model.get_decoder()(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=self._float_mask(visible),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.last_hidden_state
+
+    def _float_mask(self, visible):
+        """0 where `visible`, else -inf, in the dtype of the pass.
+
+        Made once here: sdpa would make one of a boolean mask in every layer, and keep each for the
+        backward pass.
+        """
+        device = visible.device.type
+        dtype = self.model.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        columns = visible.shape[-1]
+        aligned = -(-columns // 16) * 16  # as CUDA's kernels ask for
+        mask = visible.new_zeros(*visible.shape[:-1], aligned, dtype=dtype)
+        return mask[..., :columns].masked_fill_(~visible, float("-inf"))
+
+    def logits(self, hidden):
+        """(..., D) -> (..., vocabulary) in fp32, divided by the temperature.
+
+        Policy, old and reference log-probs are divided alike (trl#3029).
+        """
+        logits = self.model.lm_head(hidden).float() / (self.temperature or 1.0)
+        logits[..., self.suppressed_ids] = float("-inf")
+        return logits
+
+    def token_logps(self, hidden, ids):
+        """Log-probs of ids and entropies, both (B*G, S) in nats, of hidden states (B*G, S, D).
+
+        fp32 logits exist for LOGITS_CHUNK tokens at a time, in the backward pass too.
+        """
+
+        def chunk_logps(hidden, ids):
+            logits = self.logits(hidden)
+            with torch.no_grad():
+                p = logits.softmax(-1)
+                entropy = -(p * p.clamp(min=1e-30).log()).sum(-1)
+            return token_logps(logits[None], ids[None])[0], entropy
+
+        hidden_chunks = hidden.flatten(0, 1).split(LOGITS_CHUNK)
+        ids_chunks = ids.flatten().split(LOGITS_CHUNK)
+        chunks = [
+            checkpoint(chunk_logps, *chunk, use_reentrant=False)
+            for chunk in zip(hidden_chunks, ids_chunks)
+        ]
+        logps, entropies = zip(*chunks)
+        return torch.cat(logps).view_as(ids), torch.cat(entropies).view_as(ids)
+
+    @torch.no_grad()
+    def sample(self, batch, hidden, cache, uniforms):
+        """Decodes, from what prefill() returned, until every completion has met an eos token.
+
+        uniforms: (B*G, S). Each token inverts the CDF at its uniform, so that a rollout depends on
+        nothing else; temperature 0 takes the argmax. Returns ids and mask (B*G, <= S).
+        """
+        B = len(hidden)
+        group = len(uniforms) // B
+        length = uniforms.shape[1]
+        uniforms = uniforms.view(B, group, length)
+        eos_ids = torch.tensor(self.eos_ids, device=hidden.device)
+        positions = response_positions(batch["position_ids"], length)
+        # a copy that grows: the update needs the cache of the prompt again
+        cache = DynamicCache([(layer.keys, layer.values) for layer in cache.layers])
+        # token s of a completion sees its own earlier tokens, which are G columns apart
+        block_mask = torch.eye(group, dtype=torch.bool, device=hidden.device).repeat(1, length)
+
+        ids = []
+        mask = []
+        unfinished = torch.ones(B, group, dtype=torch.bool, device=hidden.device)
+        for s in range(length):
+            token = self._sample_token(self.logits(hidden), uniforms[..., s])
+            ids.append(token)
+            mask.append(unfinished.long())
+            unfinished = unfinished & ~torch.isin(token, eos_ids)
+            if s + 1 == length or not unfinished.any():
+                break
+            position = positions[..., s : s + 1].expand(*positions.shape[:-1], group)
+            visible = block_mask[:, : group * (s + 1)]
+            hidden = self.extend(batch, cache, token, position, visible)
+        return torch.stack(ids, -1).flatten(0, 1), torch.stack(mask, -1).flatten(0, 1)
+
+    def _sample_token(self, logits, uniforms):
+        """Token ids (B, G) of logits (B, 1 or G, vocabulary) and uniforms (B, G)."""
+        B, group = uniforms.shape
+        if not self.temperature:
+            return logits.argmax(-1).expand(B, group)
+        cdf = logits.softmax(-1).cumsum(-1)
+        total = cdf[..., -1:]
+        # or rounding would run off the end
+        below_total = torch.nextafter(total, torch.zeros_like(total))
+        threshold = uniforms.reshape(B, cdf.shape[1], -1) * total
+        threshold = torch.minimum(threshold, below_total)
+        token = torch.searchsorted(cdf, threshold, right=True)
+        token = token.clamp(max=cdf.shape[-1] - 1)  # NaN: any token
+        return token.reshape(B, group)
+
+
+def decode(processor, ids, mask):
+    """The texts of completions ids, mask (N, S), without special tokens."""
+    completions = [ids_row[m.bool()] for ids_row, m in zip(ids, mask)]
+    return processor.tokenizer.batch_decode(completions, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def generate(policy, processor, prompts, max_new_tokens):
+    """The texts of one completion for each prompt of encode_prompt(); greedy at temperature 0."""
+    batch = join_prompts(policy.model, prompts)
+    prompt_end, cache = policy.prefill(batch)
+    uniforms = torch.zeros(len(prompts), max_new_tokens)
+    ids, mask = policy.sample(batch, prompt_end, cache, uniforms)
+    return decode(processor, ids, mask)
+
+
+def freeze_unused(policy, batch):
+    """Freezes parameters that get no gradient, as the norm after some vision towers: DDP would
+    wait for their gradients for ever."""
+    shape = (len(batch["input_ids"]), 2)
+    ids = torch.full(shape, policy.eos_ids[0], device=batch["input_ids"].device)
+    _, _, logps, _ = policy(batch, 1, ids=ids, mask=torch.ones_like(ids))
+    logps.sum().backward()
+    for parameter in policy.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None

@@ -1,0 +1,150 @@
+"""JSONL in and out: records that may be bad, and files that are there whole or not at all."""
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+# fields that must hold a string
+TEXT_FIELDS = ("image", "caption", "masked_caption", "sentence", "answer", "prediction")
+
+
+class BadRecord(ValueError):
+    """A record that cannot be used; the message says why. It is skipped, named and counted."""
+
+    def __str__(self):
+        # one line, whatever a library or a path says
+        return " ".join(super().__str__().splitlines())
+
+
+def fail(message):
+    """Ends the program with one line and exit status 1."""
+    raise SystemExit(f"error: {message}")
+
+
+# ---------------------------------------------------------------- in
+
+
+def read_jsonl(path, fields):
+    """Yields (line number, dict with all `fields`), or (line number, BadRecord)."""
+    if Path(path).is_dir():
+        fail(f"{path} is a folder: name the file in it")
+    if not Path(path).is_file():
+        fail(f"{path}: no such file")
+    with open(path, encoding="utf-8-sig", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, _parse_line(line, fields)
+
+
+def _parse_line(line, fields):
+    """The dict of one line of JSON, or a BadRecord."""
+    try:
+        record = json.loads(line)
+        if "\\ud" in line.lower():
+            # half a surrogate pair raises: no tokenizer and no file takes it
+            json.dumps(record, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        return BadRecord(f"not JSON ({error})")
+
+    if not isinstance(record, dict):
+        return BadRecord(f"not a JSON object with {', '.join(fields) or 'fields'}")
+    missing = [f for f in fields if not _has_field(record, f)]
+    if missing:
+        return BadRecord(f"lacks {', '.join(missing)}, or it is no text")
+    return record
+
+
+def _has_field(record, field):
+    if field in TEXT_FIELDS:
+        return isinstance(record.get(field), str)
+    return field in record
+
+
+def load_records(path):
+    """All records of a file that this program has written."""
+    return [record for _, record in read_jsonl(path, ()) if isinstance(record, dict)]
+
+
+# ---------------------------------------------------------------- out
+
+
+@contextlib.contextmanager
+def open_for_writing(path, mode="w"):
+    """open(path, mode) for text. An error names the file, which that of a full disk does not."""
+    try:
+        with open(path, mode, encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def write_atomically(path, strings):
+    """Writes an iterable of strings; the file is there whole or not at all."""
+    with open_for_writing(f"{path}.tmp") as file:
+        file.writelines(strings)
+        file.flush()
+        # or a power cut may leave the new name on an empty file
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def write_json(path, value):
+    """Writes one JSON value, indented, atomically."""
+    write_atomically(path, [json.dumps(value, indent=1)])
+
+
+# ---------------------------------------------------------------- which run a file belongs to
+
+
+def fingerprint(path):
+    """Short hash of a file, or of a checkpoint folder (names, sizes and last MB of its files).
+
+    A hub id, which is no path, is its own fingerprint.
+    """
+    path = Path(path)
+    if not path.exists():
+        return str(path)
+
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.is_file())
+    else:
+        files = [path]
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as content:
+            if path.is_dir():
+                content.seek(max(0, size - 2**20))
+            while block := content.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def check_settings(path, settings):
+    """Whether `path`, a run.json, holds these settings; False if there is no such file.
+
+    A file of another run ends the program, naming what differs: its outputs are not overwritten.
+    """
+    if not Path(path).exists():
+        return False
+    try:
+        stored = dict(json.loads(Path(path).read_text(encoding="utf-8"))["settings"])
+    except (ValueError, LookupError, TypeError):
+        fail(f"{path} is not what a run writes there: choose another --out, or delete it")
+
+    # a tuple comes back from JSON as a list
+    settings = json.loads(json.dumps(settings))
+    differences = []
+    for name in {**stored, **settings}:
+        if stored.get(name) != settings.get(name):
+            differences.append(f"{name} was {stored.get(name)}, is {settings.get(name)}")
+    if differences:
+        fail(
+            f"{path} belongs to another run ({'; '.join(differences)}): choose another --out, or "
+            "delete it"
+        )
+    return True

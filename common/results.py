@@ -1,0 +1,200 @@
+"""Predictions under several conditions, and the scores made from them.
+
+evaluate.py (masked captions) and benchmarks/ (TSVs of VLMEvalKit) share this: both map records to
+OUT/predictions.jsonl, and OUT/results.json summarises that file.
+"""
+
+import collections
+import contextlib
+import json
+from pathlib import Path
+
+from common.records import BadRecord, fail, read_jsonl, write_json
+from common.stage import map_records, require_output
+from common.stats import paired_difference, with_intervals
+
+# what the model is shown: its image; a grey one (masked captions) or none (benchmarks); another's
+CONDITIONS = ("real", "blank", "without", "shuffled")
+# settings that must be equal for two models to be compared
+COMPARABLE = ("stage", "kind", "data", "clip")
+
+
+def other_image(names, i, load):
+    """load(name) of an image that differs from names[i]; None if there is none.
+
+    The search begins half the list away and takes the first readable one.
+    """
+    for j in range(len(names)):
+        name = names[(i + len(names) // 2 + j) % len(names)]
+        if name != names[i]:
+            with contextlib.suppress(BadRecord):
+                return load(name)
+    return None
+
+
+def mask_index(record):
+    """What identifies a mask record: a caption may have several."""
+    return record["id"], record.get("start"), record["sentence"]
+
+
+# ---------------------------------------------------------------- predictions
+
+
+def read_predictions(folder):
+    """({condition: prediction records}, settings) of the --out of an evaluation.
+
+    Every record has an index, the unit that the bootstrap draws (its image or caption), and
+    unparsed: whether no answer could be read from it.
+    """
+    path = Path(folder, "predictions.jsonl")
+    try:
+        settings = json.loads(Path(f"{path}.run.json").read_text())["settings"]
+    except (OSError, ValueError, LookupError):
+        fail(f"{folder} holds no finished predictions of evaluate.py")
+
+    predictions = collections.defaultdict(list)
+    for _, record in read_jsonl(path, ("condition",)):
+        if isinstance(record, BadRecord):
+            continue
+        if "format_ok" in record:
+            record["index"] = mask_index(record)
+            record["unit"] = record["id"]
+            record["unparsed"] = not record["format_ok"]
+        predictions[record["condition"]].append(record)
+    return predictions, settings
+
+
+def evaluate_records(args, rank, records, start, settings, kind, score):
+    """Maps records to OUT/predictions.jsonl, and those to OUT/results.json.
+
+    args: .out, .model, .data, .batch_size, .compare (an --out of another model, or None) and
+    .backbone_accuracy. start(): as for map_records(). kind: "masks" or the name of a benchmark.
+    score: a function from records to scores (see common/stats.py), or None for a benchmark that has
+    a grader of its own. Returns the contents of results.json on rank 0, and None elsewhere.
+    """
+    others = {}
+    if args.compare:
+        others = _comparable_predictions(args.compare, settings)
+
+    out = Path(args.out, "predictions.jsonl")
+    counts = map_records(records, start, out, settings, args.data, args.batch_size)
+    total = counts["records"]
+    require_output(
+        out, counts, f"{args.data}: none of its {total} records could be used; see above"
+    )
+    if rank != 0:
+        return None
+
+    predictions, _ = read_predictions(args.out)
+    results = {"model": args.model, "data": args.data, "kind": kind, **counts}
+    if args.compare:
+        results["compared_with"] = args.compare
+    if score is None:
+        _write_mmvet(Path(args.out, "mmvet.json"), predictions["real"])
+        results["extraction"] = "none: mmvet.json is for MM-Vet's own grader"
+    else:
+        results |= _notes(kind, predictions["real"])
+        results |= _summarise(score, predictions, others)
+        if args.backbone_accuracy is not None and "without" in results:
+            results["leakage"] = _leakage(results["without"]["accuracy"], args.backbone_accuracy)
+    write_json(Path(args.out, "results.json"), results)
+    return results
+
+
+def _comparable_predictions(folder, settings):
+    """The predictions in `folder`, if they come from the same data."""
+    predictions, other_settings = read_predictions(folder)
+    # a tuple comes back from JSON as a list
+    settings = json.loads(json.dumps(settings))
+    different = [k for k in COMPARABLE if other_settings.get(k) != settings.get(k)]
+    if different:
+        names = " and ".join(different)
+        fail(f"--compare {folder}: another {names}; both must come from the same data")
+    return predictions
+
+
+# ---------------------------------------------------------------- results
+
+
+def _summarise(score, predictions, others):
+    """{condition: scores, gain_over_*: paired differences, compared: {condition: ...}}."""
+    present = [c for c in CONDITIONS if predictions[c]]
+    results = {c: with_intervals(score(predictions[c])) for c in present}
+
+    for condition in present:
+        if condition != "real" and "real" in present:
+            gain = paired_difference(score, predictions["real"], predictions[condition])
+            results[f"gain_over_{condition}"] = gain
+
+    results["compared"] = {}
+    for condition in present:
+        if others.get(condition):
+            gain = paired_difference(score, predictions[condition], others[condition])
+            results["compared"][condition] = gain
+    return results
+
+
+def _notes(kind, real):
+    """What one must know about a benchmark's scores."""
+    if kind == "masks":
+        return {}
+    extraction = "by rules, no judge"
+    if kind == "mathvista":
+        extraction += "; the official script asks an LLM"
+    return {"without_image": sum(not r["images"] for r in real), "extraction": extraction}
+
+
+def _leakage(without, backbone_accuracy):
+    """MMStar's multi-modal leakage: the accuracy without image above that of the text backbone."""
+    leakage = {}
+    for name in ("value", "low", "high"):
+        leakage[name] = round(max(0.0, without[name] - backbone_accuracy), 2)
+    return leakage
+
+
+def _write_mmvet(path, real):
+    """{v1_index: prediction}, which MM-Vet's grader reads."""
+    predictions = {}
+    for record in real:
+        index = record["index"]
+        if not index.startswith("v1_"):
+            index = f"v1_{index}"
+        predictions[index] = record["prediction"]
+    write_json(path, predictions)
+
+
+# ---------------------------------------------------------------- as text
+
+
+def sections(results):
+    """{heading: {score: {value, low, high, n, ...}}}: conditions, gains, and gains over another."""
+    headings = {}
+    for name, scores in results.items():
+        if name in CONDITIONS or name.startswith("gain_over_"):
+            headings[name] = scores
+    for condition, scores in results.get("compared", {}).items():
+        headings[f"{condition} - {Path(results['compared_with']).name}"] = scores
+    return headings
+
+
+def is_overall(score):
+    """Whether a score is about all records, and not those of one category."""
+    return "," not in score or ", mean of" in score
+
+
+def remark(entry):
+    """The verdict of a gain, or the number of predictions without a readable answer."""
+    if "verdict" in entry:
+        return entry["verdict"]
+    return f"{entry['unparsed']} unparsed"
+
+
+def print_scores(results):
+    """Prints the scores of evaluate_records() without those by category."""
+    for heading, scores in sections(results).items():
+        print(heading)
+        for name, entry in scores.items():
+            if is_overall(name):
+                interval = f"{entry['value']:7.2f} [{entry['low']:6.2f}, {entry['high']:6.2f}]"
+                print(f"  {name:32s}{interval}  n {entry['n']}, {remark(entry)}")
+    print(f"{results['kind']}: {results['records']} records, {results['skipped']} skipped")

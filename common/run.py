@@ -1,0 +1,350 @@
+"""The folder of a training run: settings, checkpoints, logs, and how it resumes.
+
+OUT/run.json         the resolved settings
+OUT/metrics.jsonl    a line per step
+OUT/curves.png       those metrics as curves
+OUT/samples.txt      completions with their rewards, as text to be read
+OUT/checkpoint-N     loads with AutoModelForImageTextToText; trainer.pt is what a resume needs
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from tqdm import tqdm
+from transformers.utils import logging as hf_logging
+
+from common.ranks import barrier, broadcast
+from common.records import (
+    check_settings,
+    fail,
+    fingerprint,
+    open_for_writing,
+    read_jsonl,
+    write_atomically,
+    write_json,
+)
+from common.training import peak_memory
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# settings that may change when a run is resumed: they affect speed, duration or paths, never an
+# update
+FREE_SETTINGS = (
+    "out",
+    "steps",
+    "tokens_per_forward",
+    "zero",
+    "resume",
+    "save_every",
+    "log_every",
+    "sample_every",
+    "keep",
+    "image_root",
+    "trust_remote_code",
+)
+
+
+def settings_of(args, paths):
+    """The flags that an update depends on; `paths` are compared by content, not by name."""
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
+    for name in paths:
+        settings[name] = fingerprint(settings[name])
+    return settings
+
+
+def open_run(args, settings, rank, world):
+    """The Run in args.out, or None if its steps are done already.
+
+    Without --resume what a run of this script left there is deleted; a folder of anything else, or
+    of other settings, ends the program.
+    """
+    out = Path(args.out)
+    files = _written_files(out)
+    if files and not (out / "run.json").exists():
+        # a Trainer's, say: neither continued nor deleted
+        fail(
+            f"{out} holds {files[0].name} but no run.json: not a run of this script, choose "
+            "another --out"
+        )
+    barrier()
+    # torchrun restarts a run with --no-resume too: then it continues with what it has written
+    is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and files
+    if not args.resume and not is_restart and rank == 0:
+        for path in files:
+            _delete(path)
+    barrier()
+
+    checkpoint, step = newest_checkpoint(out)
+    if broadcast(step) != step:
+        fail(
+            f"{out} holds another checkpoint on this node than on the first: --out must be a "
+            "folder that all nodes share"
+        )
+    check_settings(out / "run.json", settings)
+    run = Run(out, settings, checkpoint, step, args, rank, world)
+    if step >= args.steps:
+        if rank == 0:
+            prune_checkpoints(out, args.keep)
+            print(f"reused {checkpoint}: its {step} steps are done; --no-resume starts over")
+        return None
+    barrier()
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+class Run:
+    """An open run folder. Rank 0 writes; the others only read.
+
+    checkpoint, start_step: what is resumed from, or None and 0.
+    """
+
+    def __init__(self, out, settings, checkpoint, start_step, args, rank, world):
+        self.out = out
+        self.settings = settings
+        self.flags = vars(args)
+        self.checkpoint = checkpoint
+        self.start_step = start_step
+        self.last_step = args.steps
+        self.updates = args.updates
+        self.keep = args.keep
+        self.save_every = args.save_every
+        self.log_every = args.log_every
+        self.rank = rank
+        self.world = world
+        self.skipped = []  # updates skipped, one number per step
+        self.bar = None
+
+    def begin(self, description):
+        """Binds the settings and cuts the logs to the checkpoint, when everything is loaded.
+
+        A run that was refused before this binds no settings, so that the right command can follow.
+        """
+        metrics = metrics_until(self.out, self.start_step)
+        self.skipped = [record.get("skipped_update", 0) for record in metrics]
+        if self.rank == 0:
+            write_json(self.out / "run.json", {"settings": self.settings, "flags": self.flags})
+            self._cut_logs(metrics)
+            prune_checkpoints(self.out, self.keep)
+            hf_logging.disable_progress_bar()  # of saving
+            resumed = f", resumed from {self.checkpoint}" if self.checkpoint else ""
+            print(f"{description}, steps {self.start_step + 1} to {self.last_step}{resumed}")
+        self.bar = tqdm(
+            total=self.last_step,
+            initial=self.start_step,
+            desc=self.out.name,
+            unit="step",
+            disable=self.rank > 0,
+        )
+
+    def restore(self, optimizer):
+        """Loads the optimizer's state of the checkpoint that is resumed from, if any."""
+        if not self.checkpoint:
+            return
+        state = torch.load(
+            self.checkpoint / "trainer.pt", map_location="cpu", mmap=True, weights_only=True
+        )
+        optimizer.load_state_dict(state["optimizer"])
+        if isinstance(optimizer, ZeroRedundancyOptimizer):
+            optimizer.state.clear()  # else a second copy of this rank's share stays
+
+    def steps(self):
+        """The steps that are left."""
+        return range(self.start_step + 1, self.last_step + 1)
+
+    def log_step(self, metrics):
+        """Appends a line to metrics.jsonl, and prints a line every --log-every steps.
+
+        Ten steps in a row without any finite update end the program, on every rank alike.
+        """
+        step = metrics["step"]
+        if self.rank == 0:
+            rounded = {name: round(value, 6) for name, value in metrics.items()}
+            with open_for_writing(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(rounded) + "\n")
+            if step % self.log_every == 0 or step == self.last_step:
+                tqdm.write(_summary(metrics))
+        self.bar.update()
+
+        self.skipped.append(metrics["skipped_update"])
+        if len(self.skipped) >= 10 and min(self.skipped[-10:]) == self.updates:
+            fail(
+                f"the loss or gradient was not finite in ten steps in a row, the last of them "
+                f"{step}: look at grad_norm in {self.out}/metrics.jsonl and at "
+                f"{self.out}/samples.txt, lower --lr; the newest checkpoint has the weights from "
+                "before"
+            )
+
+    def log_samples(self, text):
+        """Appends one block of samples.txt; it begins with '=== step N' and ends with a blank."""
+        with open_for_writing(self.out / "samples.txt", "a") as file:
+            file.write(text)
+
+    def save_checkpoint(self, step, policy, optimizer):
+        """Every --save-every steps and at the last: OUT/checkpoint-<step>, and the curves."""
+        if step % self.save_every and step != self.last_step:
+            return
+        if isinstance(optimizer, ZeroRedundancyOptimizer):
+            gather_optimizer(optimizer)
+        if self.rank == 0:
+            self.checkpoint = write_checkpoint(self.out, step, policy, optimizer)
+            prune_checkpoints(self.out, self.keep)
+            draw_curves(self.out)
+
+    def report_done(self, device, unusable_records):
+        """The last lines: what it took, what was written and skipped, and what to run next."""
+        self.bar.close()
+        if self.rank == 0:
+            owner = "this rank's tensors" if device.type == "cuda" else "the whole process"
+            print(f"peak memory: {peak_memory(device) / 2**20:.0f} MiB ({owner})")
+            print(
+                f"{self.checkpoint}: done, {sum(self.skipped)} updates skipped (not finite), "
+                f"{unusable_records} records could not be used. "
+                f"Next: evaluate.py --model {self.checkpoint}"
+            )
+
+    def _cut_logs(self, metrics):
+        """Drops what a killed run logged after the checkpoint."""
+        lines = (json.dumps(record) + "\n" for record in metrics)
+        write_atomically(self.out / "metrics.jsonl", lines)
+        samples = self.out / "samples.txt"
+        if not samples.exists():
+            return
+        text = samples.read_bytes().decode("utf-8", "replace")
+        end = None
+        for match in re.finditer(r"^=== step (\d+)  ", text, re.MULTILINE):
+            if int(match[1]) > self.start_step:
+                end = match.start()
+                break
+        # a block ends in an empty line: half a block goes too
+        write_atomically(samples, text[:end].rpartition("\n\n")[:2])
+
+
+def _summary(metrics):
+    """The printed line of a step: the rewards, or for SFT the loss, and what warns of trouble."""
+    rewards = [name for name in metrics if name.startswith("reward") and "seconds" not in name]
+    names = ["loss"]
+    if len(rewards) > 1:
+        names = [*rewards, "format_ok", "entropy", "completion_tokens"]
+    values = "  ".join(f"{name} {metrics[name]:.3f}" for name in [*names, "grad_norm"])
+    return f"step {metrics['step']:4d}  {values}"
+
+
+def draw_curves(out):
+    """OUT/curves.png, drawn by a process of its own: no plot can end a training run."""
+    command = [sys.executable, "-m", "report.curves", str(Path(out).resolve())]
+    try:
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        tqdm.write(f"{out}/curves.png could not be drawn: {error}")
+
+
+def metrics_until(out, step):
+    """The records of metrics.jsonl up to `step`; a line that was cut by a kill is left out."""
+    path = Path(out, "metrics.jsonl")
+    if not path.exists():
+        return []
+    records = [record for _, record in read_jsonl(path, ("step",)) if isinstance(record, dict)]
+    return [record for record in records if record["step"] <= step]
+
+
+def _written_files(out):
+    """What a run of this script may have written in `out`."""
+    names = ("metrics.jsonl", "samples.txt", "curves.png", "run.json")
+    logs = [out / name for name in names if (out / name).exists()]
+    return [*checkpoints(out).values(), *logs]
+
+
+def _delete(path):
+    if path.is_dir():
+        delete_checkpoint(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def checkpoints(out):
+    """{step: path} of the complete checkpoints of a run folder, oldest first."""
+    paths = {}
+    for path in Path(out).glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdecimal():
+            paths[int(step)] = path
+    return dict(sorted(paths.items()))
+
+
+def newest_checkpoint(out):
+    """(path, step) of the newest complete checkpoint of a run folder, or (None, 0)."""
+    paths = checkpoints(out)
+    if not paths:
+        return None, 0
+    step = max(paths)
+    return paths[step], step
+
+
+def write_checkpoint(out, step, policy, optimizer):
+    """OUT/checkpoint-<step>, complete or absent: it is written beside its name and renamed."""
+    temporary = Path(out, "checkpoint.tmp")
+    path = Path(out, f"checkpoint-{step}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        policy.model.save_pretrained(temporary)
+        policy.processor.save_pretrained(temporary)
+        state = {"step": step, "optimizer": optimizer.state_dict()}
+        torch.save(state, temporary / "trainer.pt")
+        for file in filter(Path.is_file, temporary.rglob("*")):
+            with open(file, "rb") as content:
+                # or a power cut may leave the new name on empty files
+                os.fsync(content.fileno())
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # a full disk: safetensors and torch each raise their own
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fail(
+            f"{path} cannot be written ({reason}); the checkpoints before it are whole, and the "
+            "same command continues from the newest"
+        )
+    os.replace(temporary, path)
+    return path
+
+
+def delete_checkpoint(path):
+    """Deletes a checkpoint; it is renamed first, as half of one must not be taken for one."""
+    old = path.with_name("checkpoint.old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(path, old)
+    shutil.rmtree(old)
+
+
+def prune_checkpoints(out, keep):
+    """Deletes all but the `keep` newest checkpoints, and what a kill has left of others."""
+    shutil.rmtree(Path(out, "checkpoint.old"), ignore_errors=True)
+    for old in list(checkpoints(out).values())[:-keep]:
+        delete_checkpoint(old)
+
+
+def gather_optimizer(optimizer):
+    """consolidate_state_dict() by all ranks at once: torch's own takes minutes per gigabyte."""
+    state = optimizer.optim.state_dict()
+    on_cpu = {}
+    for index, moments in state["state"].items():
+        on_cpu[index] = {name: tensor.cpu() for name, tensor in moments.items()}
+    state["state"] = on_cpu
+
+    shards = None
+    if dist.get_rank() == 0:
+        shards = [None] * dist.get_world_size()
+    dist.gather_object(state, shards)
+    if dist.get_rank() == 0:
+        optimizer._all_state_dicts = shards

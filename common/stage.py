@@ -1,0 +1,300 @@
+"""What makes a function a stage: flags, one-line errors, and a map over records that resumes."""
+
+import argparse
+import collections
+import itertools
+import json
+import os
+import re
+import shlex
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from common.ranks import barrier, broadcast, gather, setup_distributed
+from common.records import (
+    BadRecord,
+    check_settings,
+    fail,
+    open_for_writing,
+    read_jsonl,
+    write_atomically,
+    write_json,
+)
+
+# ---------------------------------------------------------------- flags
+
+
+class RecipeParser(argparse.ArgumentParser):
+    """Reads @recipe.txt as flags: several per line, and a # begins a comment."""
+
+    def convert_arg_line_to_args(self, arg_line):
+        return shlex.split(arg_line, comments=True)
+
+
+def make_parser(doc):
+    """The parser of a stage, whose --help shows the docstring of the file."""
+    return RecipeParser(
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@",
+    )
+
+
+def parse(parser, argv=None):
+    """Parses flags; recipes are read first, so that the command line overrides them."""
+    argv = sys.argv[1:] if argv is None else argv
+    recipes = [argument for argument in argv if argument.startswith("@")]
+    flags = [argument for argument in argv if not argument.startswith("@")]
+    return parser.parse_args(recipes + flags)
+
+
+def positive_int(text):
+    """argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise ValueError("not positive")
+    return value
+
+
+def non_negative(text):
+    """argparse type: a finite number of at least 0."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError("negative or not finite")
+    return value
+
+
+# ---------------------------------------------------------------- work in a thread
+
+
+def prefetch(function, items):
+    """Yields function(item) in order; a thread works on the next item while the caller uses one."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(1, initializer=_use_one_thread) as executor:
+        # wait for the initializer. More OpenMP threads than cores make those of the caller
+        # sleep between operators: training took twice as long
+        executor.submit(int).result()
+        torch.set_num_threads(threads)
+
+        pending = None
+        for item in items:
+            following = executor.submit(function, item)
+            if pending:
+                yield pending.result()
+            pending = following
+        if pending:
+            yield pending.result()
+
+
+def _use_one_thread():
+    # the first use of torch in this thread would otherwise undo the next line
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+
+
+# ---------------------------------------------------------------- a map over records that resumes
+
+
+def map_records(records, start, out, settings, source, batch_size, finish=None):
+    """Writes to `out` the records that a stage makes of `records`, in their order.
+
+    records yields (number, dict or BadRecord). start() loads what the stage needs and returns
+    prepare(record), the CPU work for one record, done ahead in a thread, and
+    process([prepared, ...]) -> [[output record, ...], ...]. A BadRecord that prepare raises costs
+    that record alone: it is named and counted.
+
+    Every rank takes its share of each batch and rank 0 appends all to OUT.part, so that a kill
+    costs one batch and the same command continues after it. finish(read), if given, yields the
+    output records anew when all are there; read() iterates over them and may be called again.
+
+    OUT.run.json keeps settings, counts and seconds. Returns {records, written, skipped}.
+    """
+    rank, world, _ = setup_distributed()
+    files = _MapFiles(Path(out))
+    files.out.parent.mkdir(parents=True, exist_ok=True)
+    is_same_run = check_settings(files.info, settings)
+    if is_same_run and files.out.exists():
+        return files.reuse(rank)
+    if files.out.exists():
+        fail(f"{out} exists and is not of this stage: choose another --out, or delete it")
+
+    # a mistyped --model ends here and binds no settings
+    prepare, process = start()
+    began = time.time()
+    barrier()  # nobody writes before all have looked
+    done = 0
+    if rank == 0:
+        write_json(files.info, {"settings": settings})
+        done = files.resume(is_same_run, batch_size * world)
+    done = broadcast(done)
+
+    def prepare_batch(batch):
+        prepared = []
+        for number, record in batch[rank::world]:
+            try:
+                if isinstance(record, BadRecord):
+                    raise record
+                prepared.append(prepare(record))
+            except BadRecord as error:
+                tqdm.write(f"skipped {source}:{number}: {error}", file=sys.stderr)
+                prepared.append(error)
+        return len(batch), prepared
+
+    batches = _batches(itertools.islice(records, done, None), batch_size * world)
+    with tqdm(desc=files.out.name, initial=done, unit="record", disable=rank > 0) as bar:
+        for count, prepared in prefetch(prepare_batch, batches):
+            lines = _in_order(gather(_results(prepared, process)), count)
+            if rank == 0:
+                files.append(lines)
+            bar.update(count)
+
+    counts = None
+    if rank == 0:
+        counts = files.complete(settings, finish, began)
+    return broadcast(counts)
+
+
+def _batches(records, size):
+    while batch := list(itertools.islice(records, size)):
+        yield batch
+
+
+def _results(prepared, process):
+    """{"out": output records} or {"skipped": reason} for each prepared record."""
+    good = [p for p in prepared if not isinstance(p, BadRecord)]
+    outputs = iter(process(good) if good else ())
+    results = []
+    for item in prepared:
+        if isinstance(item, BadRecord):
+            results.append({"skipped": str(item)})
+        else:
+            results.append({"out": next(outputs)})
+    return results
+
+
+def _in_order(results_of_ranks, count):
+    """The results of all ranks in the order of the batch, of which rank r took every world-th."""
+    world = len(results_of_ranks)
+    return [results_of_ranks[i % world][i // world] for i in range(count)]
+
+
+class _MapFiles:
+    """OUT, OUT.part (a line per input record so far) and OUT.run.json of one map."""
+
+    def __init__(self, out):
+        self.out = out
+        self.part = Path(f"{out}.part")
+        self.info = Path(f"{out}.run.json")
+
+    def reuse(self, rank):
+        # its writer may have been killed just before this line
+        self.part.unlink(missing_ok=True)
+        counts = json.loads(self.info.read_text())["counts"]
+        if rank == 0:
+            written = counts["written"]
+            print(f"reused {self.out}: complete, {written} records, {counts['skipped']} skipped")
+        return counts
+
+    def resume(self, is_same_run, share):
+        """Cuts OUT.part to whole batches, so that those after a kill are those without it.
+
+        Returns the number of input records that are done.
+        """
+        if not is_same_run:
+            self.part.unlink(missing_ok=True)
+        self.part.touch()
+        with open(self.part, "rb+") as file:
+            whole_lines = sum(line.endswith(b"\n") for line in file)
+            done = whole_lines // share * share
+            file.seek(0)
+            file.truncate(sum(map(len, itertools.islice(file, done))))
+        if done:
+            print(f"resuming {self.out} after record {done}")
+        return done
+
+    def append(self, results):
+        with open_for_writing(self.part, "a") as file:
+            file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results))
+
+    def read(self):
+        """Yields the output records so far."""
+        for _, result in read_jsonl(self.part, ()):
+            yield from result.get("out", ())
+
+    def complete(self, settings, finish, began):
+        """Writes OUT and OUT.run.json, removes OUT.part, and returns the counts."""
+        counts = collections.Counter(records=0, written=0, skipped=0)
+        for _, result in read_jsonl(self.part, ()):
+            written = len(result.get("out", ()))
+            counts.update(records=1, written=written, skipped="skipped" in result)
+
+        seconds = round(time.time() - began, 1)
+        write_json(self.info, {"settings": settings, "counts": counts, "seconds": seconds})
+        records = self.read() if finish is None or not counts["written"] else finish(self.read)
+        write_atomically(self.out, (json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+        self.part.unlink()
+        return counts
+
+
+def require_output(out, counts, message):
+    """Ends a stage that wrote no record.
+
+    Its empty output is deleted, so that the same command works once the cause is removed.
+    """
+    if not counts["written"]:
+        Path(out).unlink(missing_ok=True)
+        Path(f"{out}.run.json").unlink(missing_ok=True)
+        fail(message)
+
+
+# ---------------------------------------------------------------- running a script
+
+LOST_PEER = re.compile("gloo.*(by peer|pipe)|ncclRemoteError", re.DOTALL | re.IGNORECASE)
+
+
+def run_script(main):
+    """Runs a stage's main(). A full disk, Ctrl-C or a lost rank ends it in one line.
+
+    What was written stays whole. If one rank fails, all ranks stop, and torchrun prints the
+    failing rank's error last.
+    """
+    lost_peer = False
+    try:
+        try:
+            main()
+        except KeyboardInterrupt:
+            fail("interrupted; the same command continues from here")
+        except OSError as error:
+            fail(
+                f"{error.filename or 'output'}: {error.strerror or error}; what was written is "
+                "kept, and the same command continues from there"
+            )
+        except RuntimeError as error:
+            lost_peer = LOST_PEER.search(str(error)) is not None
+            if not lost_peer:
+                raise
+            fail(f"rank {os.environ['RANK']}: another rank ended; its message says why")
+        if dist.is_initialized():
+            # not after an error: NCCL could wait for the others
+            dist.destroy_process_group()
+    except SystemExit as exit_:
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()  # or the message would stand behind it
+        if isinstance(exit_.code, str):
+            _report_to_torchrun(exit_.code, lost_peer)
+        raise
+
+
+def _report_to_torchrun(message, lost_peer):
+    """torchrun shows the earliest error as the cause: that of a lost peer is dated later."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        timestamp = int(time.time()) + (60 if lost_peer else 0)
+        report = {"message": message, "extraInfo": {"timestamp": timestamp}}
+        Path(path).write_text(json.dumps({"message": report}))
