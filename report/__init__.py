@@ -1,0 +1,1 @@
+"""Everything that only shows: Jinja2 templates as files, and matplotlib figures."""
