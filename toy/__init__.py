@@ -1,0 +1,1 @@
+"""The toy world: a tiny world whose truth is known, the models for it, and the study on it."""

@@ -1,0 +1,48 @@
+"""The jobs of the study that no stage does: `python toy_world.py --piece NAME ARGUMENTS`."""
+
+import json
+
+from common.records import write_atomically
+from toy.probes import Probe
+from toy.questions import clip_metrics
+from toy.training import accelerator, teach_questions, train_on_world
+from toy.world import make_world
+
+
+def run_piece(out, bias, seed, name, *arguments):
+    """Runs one piece in the world `out` (for questions: in the world out.parent).
+
+    world TRAIN VAL           draws so many images
+    base STEPS, clip STEPS    trains the base, or CLIP and then asks it (teacher.json)
+    questions STEPS MODEL     tunes a checkpoint on questions and saves it as `out`
+    probe FILE MODEL LIMIT    layers and patches of a checkpoint of the world, on LIMIT masks
+    robustness FILE MODEL LIMIT
+    """
+    device = accelerator()
+    if name == "questions":
+        if out.exists():
+            print(f"reused {out}")
+        else:
+            steps, checkpoint = arguments
+            teach_questions(out, checkpoint, int(steps), 32, 1e-3, seed, device)
+            print(f"{out}: {checkpoint} after {steps} steps on multiple choice")
+        return
+
+    out.mkdir(parents=True, exist_ok=True)
+    if name == "world":
+        n_train, n_val = arguments
+        make_world(out, int(n_train), int(n_val), bias, seed)
+    elif name in ("base", "clip"):
+        # a kill may have come between the training of CLIP and its questions
+        if not (out / name).exists():
+            train_on_world(out, name, int(arguments[0]), seed, device)
+        if name == "clip":
+            write_atomically(out / "teacher.json", [json.dumps(clip_metrics(out))])
+    else:
+        file, checkpoint, limit = arguments
+        probe = Probe(out, checkpoint, int(limit), device)
+        if name == "robustness":
+            results = probe.robustness()
+        else:
+            results = {"layers": probe.layers(), "patches": probe.patches(seed)}
+        write_atomically(out / file, [json.dumps(results)])
