@@ -1,235 +1,345 @@
-"""Stage 2: hide what depends on the picture.
+"""Stage 2: hide what depends on the image.
 
-A sentence s is vision-dependent if D_vis(s) >= tau; it, or the words in it that depend most, become [MASK] (MMRPT).
-How tau adapts is not published. Offered here (README: how each agrees with the toy world's truth):
+A sentence s is vision-dependent if its score reaches a threshold tau (in MMRPT, its D_vis). The
+sentence, or the words in it that depend most on the image, is replaced by [MASK]. How tau adapts is
+not published. These rules are offered:
 
-    place          tau of a sentence = what its place usually scores + one cut of the excess over it, by Otsu's rule
-    otsu           one tau for the data set: the cut of its scores with the largest variance between the two classes
-    mean           one tau a caption: the mean score of its sentences
-    gap            one tau a caption: the upper edge of the largest gap between its sorted scores
-    quantile:0.5   one tau for the data set: this share of all sentences lies below
-    0.62           a fixed number
+    position       one tau for the file: Otsu's cut of D_vis minus the position baseline
+    density        one tau for the file: Otsu's cut of the density ratio
+    otsu           one tau for the file: Otsu's cut of D_vis, that with the largest variance between
+                   the classes above and below it
+    mean           one tau per caption: the mean D_vis of its sentences
+    gap            one tau per caption: the upper edge of the largest gap between its sorted D_vis
+    quantile:0.5   one tau for the file: the D_vis below which this share of all sentences lies
+    0.62           a fixed tau for D_vis
 
-Why place: the further down a caption a token stands, the more text it can attend to, and the smaller the picture's
-share in eq. (1), whatever the sentence says. What a place usually scores is the mean over all captions of their k-th
-words: of the rows that produce the word, for a word; of its own rows, averaged over the words, for a sentence.
+Position baseline and density ratio are those of score_dependency.py, which explains why D_vis needs
+a correction. The paper's finer granularity is not public either. Ours is the run of words in a
+chosen sentence that has the largest sum of (word score - mean word score of the sentence). Words
+are always compared by a corrected score of the rows that produce them: density for rule `density`,
+else D_vis minus the position baseline, even if the rule uses plain D_vis for sentences.
 
-The finer granularity of the paper is not public either. Ours: the contiguous words of highest dependency, that is
-the run of words whose excess over their place, less the mean excess of the sentence, has the largest sum.
-
-    python build_masks.py                                                        # the toy world
+    python build_masks.py --scores scores.jsonl --out masks.jsonl
     python build_masks.py --scores scores.jsonl --out masks.jsonl --granularity sentence
 
 in:   JSONL of score_dependency.py
-out:  JSONL {id, image, masked_caption, answer, sentence, start, end, score, threshold}, a record a mask: answer is
-      caption[start:end]; masked_caption and sentence are caption and sentence with [MASK] in its place
+out:  JSONL {id, image, masked_caption, answer, sentence, start, end, score, threshold}, a record
+      per mask: answer is caption[start:end]; masked_caption and sentence are caption and sentence
+      with [MASK] in its place; score and threshold are in the rule's quantity
 """
-import argparse
+
 import itertools
-import math
 import random
-import re
+from functools import partial
 
 import numpy as np
+from tqdm import tqdm
 
-from score_dependency import (BadRecord, cli, distributed, fail, fail_if_empty, fingerprint, map_jsonl, positive, read_jsonl,
-                              spearman)
+from common.records import BadRecord, fail, fingerprint, load_records, read_jsonl
+from common.scored import read_scores
+from common.stage import (
+    make_parser,
+    map_records,
+    parse,
+    positive_int,
+    require_output,
+    run_script,
+    setup_distributed,
+)
+from common.stats import spearman
+from common.text import ANSWER_TAG, MASK
 
-MASK = "[MASK]"
-TAG = re.compile(r"</?(?:think|answer)>")                              # of the form that a completion must have (reward.py)
-
-
-# ------------------------------------------------------------------- tau: scores of sentences -> threshold
+# ---------------------------------------------------------------- which sentences: tau
 
 
 def otsu(scores):
-    """The cut of all `scores` that maximises the variance between the classes below and above it (Otsu, 1979)."""
+    """The cut of `scores` with the largest variance between the two classes (Otsu, 1979).
+
+    The between-class variance of n and m scores is proportional to n m (mean_n - mean_m)^2. The cut
+    is the lowest score of the upper class: 6 for [7, 0, 12, 1, 6, 2], as 3 x 3 (25/3 - 1)^2 = 484.
+    """
     x = np.sort(np.asarray(scores, dtype=np.float64))
-    n = np.arange(1, len(x))                                                    # size of the lower class
-    low = np.cumsum(x)[:-1] / n
-    high = (x.sum() - np.cumsum(x)[:-1]) / (len(x) - n)
-    between = np.where(x[1:] > x[:-1], n * (len(x) - n) * (high - low) ** 2, -1)          # no cut between equals
-    return float(x[1:][between.argmax()]) if len(x) > 1 and between.max() > 0 else float(x[0])
+    if x[0] == x[-1]:
+        return float(x[0])
+    lower_sum = np.cumsum(x)[:-1]
+    lower = np.arange(1, len(x))
+    upper = len(x) - lower
+    difference = (x.sum() - lower_sum) / upper - lower_sum / lower
+    variance = lower * upper * difference**2
+    # no cut between equal scores
+    variance[x[1:] == x[:-1]] = -1
+    return float(x[1:][variance.argmax()])
 
 
 def largest_gap(scores):
-    """The score above the largest gap between neighbours in sorted order; of all equal or single scores, the lowest."""
+    """The upper edge of the largest gap between neighbours in sorted order.
+
+    If all scores are equal, or there is only one, it is that score: all are chosen.
+    """
     x = sorted(scores)
-    gaps = [b - a for a, b in itertools.pairwise(x)]
-    return x[gaps.index(max(gaps)) + 1] if gaps and max(gaps) > 0 else x[0]
+    gaps = [upper - lower for lower, upper in itertools.pairwise(x)]
+    if not gaps or max(gaps) == 0:
+        return x[0]
+    return x[gaps.index(max(gaps)) + 1]
 
 
-def usual_scores(captions, least=20):
-    """(K,) mean score of the k-th word over `captions`, lists of word scores, averaged with its two neighbours.
+def quantity(rule, scores):
+    """The score of a sentence or a word that `rule` compares."""
+    if rule == "density":
+        return scores["density"]
+    if rule == "position":
+        return round(scores["d_vis"] - scores["position_baseline"], 6)
+    return scores["d_vis"]
 
-    Places that fewer than `least` captions reach take the value of the last that enough reach.
+
+def threshold_rule(rule, sentences):
+    """A function from the sentences of one caption to its tau.
+
+    rule: as in --threshold. sentences: all of the file.
     """
-    longest = max(map(len, captions))
-    total, count = np.zeros(longest), np.zeros(longest)
-    for scores in captions:
-        total[:len(scores)] += scores
-        count[:len(scores)] += 1
-    reached = max(1, int((count >= least).sum())) if len(captions) >= least else longest
-    mean = np.pad((total / count)[:reached], 1, mode="edge")
-    return np.pad((mean[:-2] + mean[1:-1] + mean[2:]) / 3, (0, longest - reached), mode="edge")
 
+    def mean_of_caption(caption_sentences):
+        return sum(s["d_vis"] for s in caption_sentences) / len(caption_sentences)
 
-def usual_by_place(records):
-    """{"score": (K,), "own": (K,)} usual_scores() of the words of scored captions.
+    def gap_of_caption(caption_sentences):
+        return largest_gap([s["d_vis"] for s in caption_sentences])
 
-    The step that produces a caption's first word has no text to attend to, so its share is 1 and says nothing: it is
-    not averaged with its neighbour, and its excess over the usual is 0.
-    """
-    words = [[w for s in record["sentences"] for w in s["words"]] for record in records]
-    produced = [[w["score"] for w in some] for some in words]
-    later = usual_scores([scores[1:] for scores in produced]) if max(map(len, produced)) > 1 else []
-    return {"score": [np.mean([scores[0] for scores in produced]), *later],
-            "own": usual_scores([[w["own"] for w in some] for some in words])}
+    def same_for_all(caption_sentences):
+        return tau
 
-
-def annotate(record, usual):
-    """Adds to every sentence and word its `usual` score by place; returns the sentences. usual: usual_by_place()."""
-    places = zip(usual["score"], usual["own"])
-    for sentence in record["sentences"]:
-        own = 0
-        for word in sentence["words"]:
-            word["usual"], o = map(float, next(places))
-            own += o
-        sentence["usual"] = own / len(sentence["words"])
-    return record["sentences"]
-
-
-def threshold_rule(name, sentences):
-    """Function: annotated sentences of one caption -> tau of each. sentences: those of the whole data set."""
-    if name == "mean":
-        return lambda some: [sum(s["score"] for s in some) / len(some)] * len(some)
-    if name == "gap":
-        return lambda some: [largest_gap([s["score"] for s in some])] * len(some)
-    if name == "place":
-        cut = otsu([s["score"] - s["usual"] for s in sentences])
-        return lambda some: [s["usual"] + cut for s in some]
+    if rule == "mean":
+        return mean_of_caption
+    if rule == "gap":
+        return gap_of_caption
+    scores = [quantity(rule, sentence) for sentence in sentences]
     try:
-        scores = [s["score"] for s in sentences]
-        tau = (otsu(scores) if name == "otsu" else
-               float(np.quantile(scores, float(name.partition(":")[2]))) if name.startswith("quantile:") else float(name))
+        if rule in ("position", "density", "otsu"):
+            tau = otsu(scores)
+        elif rule.startswith("quantile:"):
+            tau = float(np.quantile(scores, float(rule.removeprefix("quantile:"))))
+        else:
+            tau = float(rule)
     except ValueError:
-        fail(f"--threshold {name}: not place, otsu, mean, gap, quantile:Q with Q in [0, 1], or a number")
-    return lambda some: [tau] * len(some)
+        fail(
+            f"--threshold {rule}: not position, density, otsu, mean, gap, quantile:Q with Q in "
+            "[0, 1], or a number"
+        )
+    return same_for_all
 
 
-# ------------------------------------------------------------------- which sentences, which words
+# ---------------------------------------------------------------- which words
 
 
-def best_span(scores):
-    """(first, last) word of the run whose sum of (score - mean score) is largest; the longest such run.
+def maximum_sum_span(scores):
+    """(first, last) of the run of words with the largest sum of (score - mean score).
 
-    [0.1, 0.2, 0.8, 0.7, 0.2] has mean 0.4, hence -0.3 -0.2 +0.4 +0.3 -0.2 and the run (2, 3).
+    This is the maximum-sum subarray (Kadane). Of several such runs, the longest is taken.
+    [0.1, 0.2, 0.8, 0.7, 0.2] has the mean 0.4, leaving -0.3 -0.2 +0.4 +0.3 -0.2: the run (2, 3).
     """
-    sums = np.concatenate([[0], np.cumsum(np.asarray(scores) - np.mean(scores))]).round(9)
-    lowest = np.minimum.accumulate(sums[:-1])                       # the run (i, j) has the sum sums[j + 1] - sums[i]
-    sinks = np.concatenate([[True], lowest[1:] < lowest[:-1]])
-    first = np.maximum.accumulate(np.where(sinks, np.arange(len(scores)), 0))          # the best start for each end
-    gains = sums[1:] - lowest
-    last = max(np.flatnonzero(gains > gains.max() - 1e-8), key=lambda j: j - first[j])
-    return int(first[last]), int(last)
+    centred = np.asarray(scores) - np.mean(scores)
+    # rounded, so that equal sums compare as equal
+    sums = np.append(0, np.cumsum(centred)).round(9)
+    start = 0
+    runs = []
+    for last in range(len(scores)):
+        if sums[last] < sums[start]:
+            start = last
+        run_sum = round(sums[last + 1] - sums[start], 8)
+        runs.append((run_sum, last - start, start, last))
+    *_, first, last = max(runs, key=lambda run: run[:2])
+    return first, last
 
 
-def mask_caption(record, usual, tau_of, granularity, select, max_masks, rng):
-    """The mask records of one scored caption; select "random" hides as many, as long, anywhere: the control."""
+def random_spans(sentences, spans, rng):
+    """The control: random spans, as many and as long as `spans`, at most one per sentence.
+
+    The longest is drawn first, so that each finds a sentence with enough words.
+    """
+    remaining = list(sentences)
+    lengths = sorted((last - first for _, first, last in spans), reverse=True)
+    chosen = []
+    for length in lengths:
+        fitting = [i for i, s in enumerate(remaining) if len(s["words"]) > length]
+        sentence = remaining.pop(rng.choice(fitting))
+        first = rng.randrange(len(sentence["words"]) - length)
+        chosen.append((sentence, first, first + length))
+    return chosen
+
+
+def mask_caption(
+    record, rule, tau_of, granularity="span", select="dependency", max_masks=4, seed=0
+):
+    """The mask records of one scored caption, in the order of the text.
+
+    rule: as in --threshold, and tau_of its threshold_rule(). select="random" is the control: see
+    random_spans(). Raises BadRecord for a caption that cannot be masked.
+    """
     caption = record["caption"]
-    if MASK in caption or TAG.search(caption):                             # could not be restored, or never be answered
+    if MASK in caption or ANSWER_TAG.search(caption):
+        # a second [MASK] is ambiguous, and an answer tag could never be parsed
         raise BadRecord(f"the caption contains {MASK} or an answer tag itself")
-    if not record["sentences"]:
+    sentences = record["sentences"]
+    if not sentences:
         raise BadRecord("no sentences")
-    sentences = annotate(record, usual)
-    for sentence, tau in zip(sentences, tau_of(sentences)):
-        sentence["tau"] = tau
-    chosen = sorted((s for s in sentences if s["score"] >= s["tau"]), key=lambda s: s["tau"] - s["score"])[:max_masks]
-    spans = [(s, *best_span([w["score"] - w["usual"] for w in s["words"]])) for s in chosen]
-    if select == "random":                     # each as long as a chosen one, in any sentence with room for it
-        left, spans, lengths = list(sentences), [], sorted((last - first for _, first, last in spans), reverse=True)
-        for length in lengths if granularity == "span" else [0] * len(chosen):
-            s = left.pop(rng.choice([i for i, s in enumerate(left) if len(s["words"]) > length]))
-            first = rng.randrange(len(s["words"]) - length)
-            spans.append((s, first, first + length))
-    masks = []
-    for s, first, last in sorted(spans, key=lambda span: span[0]["start"]):
-        start, end = s["start"], s["end"]
+
+    tau = tau_of(sentences)
+    dependent = [s for s in sentences if quantity(rule, s) >= tau]
+    dependent.sort(key=partial(quantity, rule), reverse=True)
+    # words are compared by a corrected score, even if the rule uses plain D_vis for sentences
+    word_rule = "density" if rule == "density" else "position"
+    spans = []
+    for sentence in dependent[:max_masks]:
+        span = (0, 0)
         if granularity == "span":
-            start, end = s["words"][first]["start"], s["words"][last]["end"]
-        masks.append({"id": record["id"], "image": record["image"], "masked_caption": caption[:start] + MASK + caption[end:],
-                      "answer": caption[start:end], "sentence": caption[s["start"]:start] + MASK + caption[end:s["end"]],
-                      "start": start, "end": end, "score": s["score"], "threshold": round(s["tau"], 6)})
+            scores = [quantity(word_rule, word["producing"]) for word in sentence["words"]]
+            span = maximum_sum_span(scores)
+        spans.append((sentence, *span))
+    if select == "random":
+        spans = random_spans(sentences, spans, random.Random(f"{seed} {record['id']}"))
+
+    masks = []
+    for sentence, first, last in sorted(spans, key=lambda span: span[0]["start"]):
+        start, end = sentence["start"], sentence["end"]
+        if granularity == "span":
+            start, end = sentence["words"][first]["start"], sentence["words"][last]["end"]
+        mask = {"id": record["id"], "image": record["image"]}
+        mask["masked_caption"] = caption[:start] + MASK + caption[end:]
+        mask["answer"] = caption[start:end]
+        before = caption[sentence["start"] : start]
+        after = caption[end : sentence["end"]]
+        mask["sentence"] = before + MASK + after
+        mask |= {"start": start, "end": end}
+        mask |= {"score": quantity(rule, sentence), "threshold": round(tau, 6)}
+        masks.append(mask)
     return masks
 
 
-def read_scores(path):
-    """read_jsonl of a scores file; a record whose sentences do not fit its caption, or lack scores, is a BadRecord."""
-    for number, row in read_jsonl(path, ("id", "image", "caption", "sentences")):
-        try:
-            for s in () if isinstance(row, BadRecord) else row["sentences"]:
-                edges = [0, s["start"], *(edge for w in s["words"] for edge in (w["start"], w["end"])), s["end"]]
-                if row["caption"][s["start"]:s["end"]] != s["text"] or not s["words"] or edges != sorted(edges):
-                    raise ValueError
-                if not math.isfinite(sum([s["score"], s.get("ablation", 0), *(w[k] for w in s["words"] for k in ("score", "own"))])):
-                    raise ValueError
-        except (KeyError, TypeError, ValueError):
-            row = BadRecord("its sentences do not fit its caption or lack scores: score it again")
-        yield number, row
+# ---------------------------------------------------------------- the files
 
 
 def read_masks(path):
-    """read_jsonl of a masks file; a record without its [MASK], or that no completion could answer, is a BadRecord."""
-    for number, row in read_jsonl(path, ("id", "image", "masked_caption", "sentence", "answer")):
-        if not isinstance(row, BadRecord) and (row["sentence"].count(MASK) != 1 or row["masked_caption"].count(MASK) != 1 or
-                                               not row["answer"].strip() or TAG.search(row["sentence"] + row["answer"])):
-            row = BadRecord(f"sentence and masked_caption need one {MASK} each, and an answer; none of them an answer tag")
-        yield number, row
+    """read_jsonl() of a masks file.
+
+    A record without exactly one [MASK], or that no completion could answer, becomes a BadRecord.
+    """
+    fields = ("id", "image", "masked_caption", "sentence", "answer")
+    for number, record in read_jsonl(path, fields):
+        if not isinstance(record, BadRecord) and not _is_answerable(record):
+            record = BadRecord(
+                f"sentence and masked_caption need one {MASK} each, and an answer; none of them "
+                "may hold an answer tag"
+            )
+        yield number, record
+
+
+def load_masks(path):
+    """The usable records of a masks file; if there are none, the program ends.
+
+    Unusable records are named on the screen.
+    """
+    records = []
+    for number, record in read_masks(path):
+        if isinstance(record, BadRecord):
+            tqdm.write(f"skipped {path}:{number}: {record}")
+        else:
+            records.append(record)
+    if not records:
+        fail(f"{path}: no mask to learn from; it should be the output of build_masks.py")
+    return records
+
+
+def _is_answerable(record):
+    text = record["sentence"] + record["answer"]
+    has_masks = record["sentence"].count(MASK) == 1 and record["masked_caption"].count(MASK) == 1
+    return has_masks and record["answer"].strip() != "" and not ANSWER_TAG.search(text)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def parse_args():
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--scores", required=True, help="the output of score_dependency.py")
+    add("--out", required=True, help="the masks")
+    rules = "the rule for tau: position, density, otsu, mean, gap, quantile:Q or a number"
+    add("--threshold", default="position", help=f"{rules} (%(default)s)")
+    kinds = ("sentence", "span")
+    add("--granularity", choices=kinds, default="span", help="what is hidden (%(default)s)")
+    how = "how masks are chosen; random is the control (%(default)s)"
+    add("--select", choices=("dependency", "random"), default="dependency", help=how)
+    most = "most masks per caption, for the sentences furthest above tau (%(default)s)"
+    add("--max-masks", type=positive_int, default=4, help=most)
+    add("--seed", type=int, default=0, help="of --select random (%(default)s)")
+    return parse(parser)
+
+
+def read_sentences(path):
+    """The scores of all sentences of a scores file, without their words."""
+    names = ("d_vis", "position_baseline", "density", "ablation")
+    sentences = []
+    for _, record in read_scores(path):
+        if not isinstance(record, BadRecord):
+            for sentence in record["sentences"]:
+                sentences.append({name: sentence[name] for name in names if name in sentence})
+    if not sentences:
+        fail(f"{path}: no scored caption in it; it should be the output of score_dependency.py")
+    return sentences
+
+
+def print_summary(args, counts, sentences):
+    """What was masked, with the meaning of each number."""
+    masks = load_records(args.out)
+    taus = [mask["threshold"] for mask in masks]
+    shares = []
+    for mask in masks:
+        caption_length = len(mask["masked_caption"]) - len(MASK) + len(mask["answer"])
+        shares.append(len(mask["answer"]) / caption_length)
+    print(
+        f"{len(masks)} of {len(sentences)} sentences are masked; the others lie below tau or beyond"
+        f" --max-masks.\ntau of rule {args.threshold}: {min(taus):.3f} to {max(taus):.3f}. "
+        f"A mask hides {np.mean(shares):.0%} of its caption on average."
+    )
+
+    checked = [s for s in sentences if "ablation" in s]
+    if checked:
+        ablation = [s["ablation"] for s in checked]
+        correlations = []
+        for rule, name in (("number", "D_vis"), ("position", "position"), ("density", "density")):
+            value = spearman([quantity(rule, s) for s in checked], ablation)
+            correlations.append(f"{name} {value:.2f}")
+        print(f"Rank correlation with the image ablation: {', '.join(correlations)}.")
+    print(
+        f"{args.out}: {counts['written']} masks, {counts['skipped']} of {counts['records']} "
+        f"captions skipped.\nNext: grpo_train.py --data {args.out}"
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--scores", default="runs/toy/scores_train.jsonl", help="(%(default)s)")
-    add("--out", default="runs/toy/masks_train.jsonl", help="(%(default)s)")
-    add("--threshold", default="place", help="place, otsu, mean, gap, quantile:Q, a number (%(default)s: best in the toy world)")
-    add("--granularity", default="span", choices=("sentence", "span"), help="what is hidden (%(default)s)")
-    add("--select", default="dependency", choices=("dependency", "random"), help="random is the control (%(default)s)")
-    add("--max-masks", type=positive, default=4, help="masks a caption, those of highest score first (%(default)s)")
-    add("--seed", type=int, default=0, help="of --select random (%(default)s)")
-    args = parser.parse_args()
+    args = parse_args()
+    rank, _, _ = setup_distributed()
+    sentences = read_sentences(args.scores)
+    mask = partial(
+        mask_caption,
+        rule=args.threshold,
+        tau_of=threshold_rule(args.threshold, sentences),
+        granularity=args.granularity,
+        select=args.select,
+        max_masks=args.max_masks,
+        seed=args.seed,
+    )
 
-    rank, _, _ = distributed()
-    scored = [row for _, row in read_scores(args.scores) if not isinstance(row, BadRecord) and row["sentences"]]
-    if not scored:
-        fail(f"{args.scores}: no scored caption in it; it should be the output of score_dependency.py")
-    usual = usual_by_place(scored)
-    sentences = [s for row in scored for s in annotate(row, usual)]
-    tau_of = threshold_rule(args.threshold, sentences)
-    settings = {"stage": "build_masks", **{k: v for k, v in vars(args).items() if k != "out"}, "scores": fingerprint(args.scores)}
+    def start():
+        return mask, list
 
-    def prepare(row):
-        return mask_caption(row, usual, tau_of, args.granularity, args.select, args.max_masks,
-                            random.Random(f"{args.seed} {row['id']}"))
-
-    counts = map_jsonl(read_scores(args.scores), lambda: (prepare, list), args.out, settings, args.scores, batch_size=64)
-    fail_if_empty(args.out, counts, f"{args.out}: nothing was masked; lower --threshold")
+    settings = {"stage": "build_masks", **vars(args), "scores": fingerprint(args.scores)}
+    del settings["out"]
+    records = read_scores(args.scores)
+    counts = map_records(records, start, args.out, settings, args.scores, batch_size=64)
+    require_output(args.out, counts, f"{args.out}: nothing was masked; lower --threshold")
     if rank == 0:
-        masks = [row for _, row in read_jsonl(args.out, ())]
-        hidden = np.mean([len(m["answer"]) / (len(m["masked_caption"]) - len(MASK) + len(m["answer"])) for m in masks])
-        low, high = min(m["threshold"] for m in masks), max(m["threshold"] for m in masks)
-        print(f"threshold {args.threshold}: tau from {low:.3f} to {high:.3f}; {len(masks)} of {len(sentences)} sentences "
-              f"masked, {len(sentences) - len(masks)} dropped (below tau, or beyond --max-masks)")
-        checked = [s for s in sentences if "ablation" in s]
-        if checked:
-            ablation, score, usual = zip(*((s["ablation"], s["score"], s["usual"]) for s in checked))
-            print(f"rank correlation with the image-ablation score: {spearman(score, ablation):.3f} of D_vis, "
-                  f"{spearman(np.subtract(score, usual), ablation):.3f} of D_vis less what its place usually scores")
-        for m in masks[:5]:
-            print(f"  {m['score']:.3f}  {m['sentence'][:60]}  <-  {m['answer'][:40]}")
-        print(f"{args.out}: {counts['written']} masks of {counts['rows'] - counts['skipped']} captions, {counts['skipped']} "
-              f"skipped, {hidden:.0%} of a caption hidden by each. Next: grpo_train.py --data {args.out}")
+        print_summary(args, counts, sentences)
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_script(main)

@@ -34,7 +34,7 @@ class Prompts:
         self.bad = set()
 
     def examples_of_step(self, step):
-        """This rank's share of a step; a rank without any gets the first, for a pass of weight 0."""
+        """This rank's share of a step; a rank without any gets the first prompt, with weight 0."""
         order = prompt_order(step, self.count, len(self.records), self.seed)
         places = range(self.count)[self.rank :: self.world] or [0]
         return [self.example(place, order[place]) for place in places]

@@ -156,7 +156,7 @@ def encode_prompts(model, processor, prompts, images, room=0):
 def encode_responses(processor, texts, device, eos=None):
     """Right-padded ids and mask (B, S) of responses, and the character spans of their tokens.
 
-    `eos`, if given, is appended to each. Empty text, and text with the image token, are a BadRecord.
+    `eos`, if given, is appended. Empty text, and text with the image token, are a BadRecord.
     """
     sequences = []
     offsets = []
