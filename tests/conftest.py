@@ -1,4 +1,5 @@
-"""Shared by every test: the repository root on the path, no network, two threads, and one tiny checkpoint a family."""
+"""Shared by every test: the root on the path, no network, two threads, tiny checkpoints."""
+
 import json
 import os
 import subprocess
@@ -6,13 +7,13 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the hub fails here, not at a user's
-# Two threads that spin for each other on a busy machine take ten times as long as two that sleep (17 s against 1.7 s)
+# Two threads that spin for each other on a busy machine take ten times as long as two that sleep
+# (17 s against 1.7 s)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import pytest  # noqa: E402 (the lines above only work before torch and transformers are imported)
 import torch  # noqa: E402
-
 from tiny import build  # noqa: E402
 
 torch.set_num_threads(2)
@@ -21,7 +22,10 @@ CHROMIUM = Path("/usr/bin/chromium")
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """checkpoint(family) -> folder of a tiny checkpoint, built once a session. Read it, never write into it."""
+    """checkpoint(family) -> folder of a tiny checkpoint, built once per session.
+
+    Read it, never write into it.
+    """
     built = {}
 
     def get(family):
@@ -34,14 +38,19 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def stage(monkeypatch, capsys):
-    """stage(module, *arguments) -> (error, printed): runs the script's main() here, which saves the seconds of a start."""
+    """stage(module, *arguments) -> (error, printed): runs a script's main() in this process.
+
+    That saves the seconds of starting Python and importing torch.
+    """
+    from common.stage import run_script
+
     def run(module, *arguments):
         error = None
         capsys.readouterr()
         with monkeypatch.context() as m:
             m.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
             try:
-                module.cli(module.main)
+                run_script(module.main)
             except SystemExit as e:
                 error = str(e.code)
         return error, "".join(capsys.readouterr())
@@ -51,15 +60,36 @@ def stage(monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory):
-    """A tiny random open_clip model with a context of 12 tokens, as the folder that --clip takes. Never write into it."""
+    """A tiny random open_clip model with a context of 12 tokens, as a folder for --clip.
+
+    Read it, never write into it.
+    """
     import open_clip
-    config = {"embed_dim": 16, "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
-              "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}}
+
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {
+            "image_size": 16,
+            "patch_size": 8,
+            "width": 16,
+            "layers": 1,
+            "head_width": 8,
+        },
+        "text_cfg": {
+            "context_length": 12,
+            "vocab_size": 49408,
+            "width": 8,
+            "heads": 1,
+            "layers": 1,
+        },
+    }
     folder = tmp_path_factory.mktemp("clip")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         torch.save(open_clip.CLIP(**config).state_dict(), folder / "open_clip_pytorch_model.bin")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"size": 16}}))
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": {"size": 16}})
+    )
     return folder
 
 
@@ -70,12 +100,31 @@ def browser(tmp_path):
         pytest.skip(f"no browser: {CHROMIUM} is not installed (apt-get install chromium)")
 
     def run(page, *flags, until=""):
-        for _ in range(5):                                                       # on a busy machine it may stop before it drew
-            dom = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                                  "--disable-background-networking", "--disable-component-update", "--disable-sync",
-                                  "--virtual-time-budget=3000", f"--user-data-dir={tmp_path / 'profile'}", *flags, page.as_uri()],
-                                 capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(tmp_path)}).stdout
+        # on a busy machine it may stop before it has drawn
+        for _ in range(5):
+            dom = subprocess.run(
+                [
+                    CHROMIUM,
+                    "--headless",
+                    "--no-sandbox",
+                    "--disable-gpu",
+                    "--disable-quic",
+                    "--no-first-run",
+                    "--disable-background-networking",
+                    "--disable-component-update",
+                    "--disable-sync",
+                    "--virtual-time-budget=3000",
+                    f"--user-data-dir={tmp_path / 'profile'}",
+                    *flags,
+                    page.as_uri(),
+                ],
+                capture_output=True,
+                text=True,
+                timeout=120,
+                env={**os.environ, "HOME": str(tmp_path)},
+            ).stdout
             if until in dom:
                 break
         return dom
+
     return run

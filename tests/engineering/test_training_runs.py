@@ -1,0 +1,377 @@
+"""The real training script for a few steps: ranks, micro-batches, resume, logs, objectives."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import random_image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import grpo_train
+from common.stage import run_script
+from reward import COMPONENTS, for_each_answer
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY_RUN = (
+    "--prompts-per-step 3 --group-size 6 --max-new-tokens 32 --lr 1e-4 --temperature 1.5 "
+    "--reward semantic=1 --log-every 1 --sample-every 1"
+)
+SECONDS = ("rollout_seconds", "reward_seconds", "update_seconds", "completions_per_second")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of seven masks with their images."""
+    folder = tmp_path_factory.mktemp("data")
+    with open(folder / "masks.jsonl", "w") as file:
+        for i in range(7):
+            random_image(i, (48 + 8 * (i % 3), 48)).save(folder / f"{i}.png")
+            record = {
+                "id": str(i),
+                "image": f"{i}.png",
+                "masked_caption": f"There {'really ' * i}is a [MASK] here.",
+                "sentence": "There is a [MASK] here.",
+                "answer": f"thing {i}",
+            }
+            file.write(json.dumps(record) + "\n")
+    return folder
+
+
+def flags_of(model, data, out, *flags):
+    """The flags of a run; each of `flags` may be several, separated by spaces."""
+    paths = [f"--model {model} --data {data / 'masks.jsonl'} --out {out}", TINY_RUN]
+    return [flag for text in [*paths, *map(str, flags)] for flag in text.split()]
+
+
+def torchrun(ranks, model, data, out, *flags):
+    """Runs the script on several ranks."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    command = [*launcher, str(ROOT / "grpo_train.py"), *flags_of(model, data, out, *flags)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+def train(model, data, out, *flags):
+    """Runs main() of the script in this process, on one rank, and returns what it printed."""
+    printed = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+    ):
+        patch.setattr(sys, "argv", ["grpo_train.py", *flags_of(model, data, out, *flags)])
+        run_script(grpo_train.main)
+    return printed.getvalue()
+
+
+def weights(out, step):
+    return load_file(Path(out) / f"checkpoint-{step}" / "model.safetensors")
+
+
+def metrics(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(metrics):
+    return [{k: v for k, v in record.items() if k not in SECONDS} for record in metrics]
+
+
+def largest_difference(a, b):
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def distance(a, b):
+    return sum((a[name] - b[name]).square().sum() for name in a).sqrt()
+
+
+@pytest.fixture(scope="module")
+def warm(checkpoint, data, tmp_path_factory):
+    """warm(family) -> a checkpoint that imitation has taught the form of a completion.
+
+    A random one never earns a reward.
+    """
+    trained = {}
+
+    def get(family):
+        if family not in trained:
+            out = tmp_path_factory.mktemp("warm") / family
+            flags = "--objective sft --steps 40 --lr 3e-3"
+            train(checkpoint(family), data, out, flags)
+            trained[family] = out / "checkpoint-40"
+        return trained[family]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def straight(warm, data, tmp_path_factory):
+    """Four steps in one go, on one rank: what every other way of running must reproduce."""
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    train(warm("idefics3"), data, out, "--steps 4 --save-every 2")
+    return out
+
+
+# ---------------------------------------------------------------- what a run leaves behind
+
+
+def test_a_step_changes_the_weights_and_logs_every_metric(warm, straight):
+    start = load_file(warm("idefics3") / "model.safetensors")
+    assert largest_difference(start, weights(straight, 4)) > 1e-5
+
+    records = metrics(straight)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert records[-1]["visual_tokens"] == 4
+    assert set(records[-1]) == {
+        "step",
+        "loss",
+        "reward",
+        "reward_semantic",
+        "format_ok",
+        "advantage_abs",
+        "zero_std_fraction",
+        "entropy",
+        "kl",
+        "clip_fraction",
+        "grad_norm",
+        "lr",
+        "completion_tokens",
+        "truncated_fraction",
+        "visual_tokens",
+        "skipped_update",
+        *SECONDS,
+    }
+    assert (straight / "samples.txt").read_text().count("=== step") == 4
+    assert (straight / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_checkpoint_loads_like_any_other(straight):
+    model = AutoModelForImageTextToText.from_pretrained(straight / "checkpoint-4")
+    AutoProcessor.from_pretrained(straight / "checkpoint-4")
+    state = torch.load(straight / "checkpoint-4" / "trainer.pt", weights_only=True)
+    assert state["step"] == 4
+    assert model.dtype == torch.float32
+
+
+def test_run_json_keeps_the_resolved_flags(warm, data, tmp_path):
+    recipe = tmp_path / "recipe.txt"
+    recipe.write_text("# a known run\n--steps 9 --clip-eps 0.2 0.28  # DAPO's\n--sample-every 7\n")
+    train(warm("idefics3"), data, tmp_path / "run", f"@{recipe}", "--steps 1")
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    flags = run["flags"]
+    assert flags["steps"] == 1  # the command line overrides the recipe
+    assert flags["clip_eps"] == [0.2, 0.28]
+    assert flags["max_pixels"] == 1003520  # a default
+    assert flags["reward"] == {"semantic": 1}
+    assert flags["data"] == str(data / "masks.jsonl")
+    assert flags["sample_every"] == 1  # TINY_RUN gives it too
+    # what an update depends on is compared when a run is resumed; paths are not
+    assert set(flags) - set(run["settings"]) >= {"out", "steps", "sample_every"}
+    assert run["settings"]["seed"] == 0
+
+
+# ---------------------------------------------------------------- resume
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(warm, data, straight, tmp_path):
+    out = tmp_path / "run"
+    train(warm("idefics3"), data, out, "--steps 2 --save-every 2")
+    # a kill in step 4, after the checkpoint
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(metrics(out)[-1] | {"step": 3}) + '\n{"step": 4, "lo')
+    with open(out / "samples.txt", "a") as file:
+        file.write("=== step 3  lost\n")
+    (out / "checkpoint.tmp").mkdir()
+
+    printed = train(warm("idefics3"), data, out, "--steps 4 --save-every 2")
+    assert "resumed from" in printed
+    assert largest_difference(weights(out, 4), weights(straight, 4)) == 0
+    assert untimed(metrics(out)) == untimed(metrics(straight))
+    assert (out / "samples.txt").read_text() == (straight / "samples.txt").read_text()
+
+
+def test_a_finished_run_is_reused_and_another_run_is_refused(warm, data, straight):
+    before = (straight / "metrics.jsonl").read_bytes()
+    assert "reused" in train(warm("idefics3"), data, straight, "--steps 4 --save-every 2")
+    with pytest.raises(SystemExit, match="belongs to another run .seed was 0, is 5.") as error:
+        train(warm("idefics3"), data, straight, "--steps 4 --seed 5")
+    assert "\n" not in str(error.value)
+    assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_kl_starts_at_0_and_a_resumed_run_keeps_the_first_reference(warm, data, tmp_path):
+    flags = "--save-every 1 --beta 0.1 --lr 1e-3"
+    train(warm("idefics3"), data, tmp_path / "straight", "--steps 3", flags)
+    train(warm("idefics3"), data, tmp_path / "resumed", "--steps 2", flags)
+    train(warm("idefics3"), data, tmp_path / "resumed", "--steps 3", flags)
+    kl = [record["kl"] for record in metrics(tmp_path / "straight")]
+    assert kl[0] == 0 < kl[2] == metrics(tmp_path / "resumed")[2]["kl"]
+    resumed = weights(tmp_path / "resumed", 3)
+    assert largest_difference(weights(tmp_path / "straight", 3), resumed) == 0
+
+
+# ---------------------------------------------------------------- ranks
+
+
+@pytest.mark.parametrize(
+    "family, ranks, method, distribution",
+    [
+        ("idefics3", 2, "", "--tokens-per-forward 1"),
+        ("qwen2_5_vl", 2, "--loss dapo --beta 0.05", "--zero"),
+        ("qwen2_5_vl", 4, "", ""),
+    ],
+    ids=["2 ranks, one group per pass", "2 ranks, shared optimizer", "4 ranks, one of them idle"],
+)
+def test_ranks_and_smaller_micro_batches_give_the_parameters_of_one(
+    warm, data, tmp_path, family, ranks, method, distribution
+):
+    """Three prompts on two ranks make two passes and one; on four, one rank has none."""
+    flags = f"--steps 3 --lr 1e-6 --updates 2 {method}"
+    train(warm(family), data, tmp_path / "one", flags)
+    torchrun(ranks, warm(family), data, tmp_path / "several", flags, distribution)
+    of_one = metrics(tmp_path / "one")
+    if not method:
+        # so that a sum that drops signs shows
+        assert any(record["loss"] < -1e-6 for record in of_one)
+
+    start = load_file(warm(family) / "model.safetensors")
+    one = weights(tmp_path / "one", 3)
+    several = weights(tmp_path / "several", 3)
+    assert largest_difference(one, several) < 1e-6
+    moved = distance(start, one)
+    apart = distance(one, several)
+    assert moved > 0
+    assert apart < 0.01 * moved
+
+    for a, b in zip(of_one, metrics(tmp_path / "several"), strict=True):
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        assert a["reward"] == pytest.approx(b["reward"], abs=1e-6)
+        assert a["visual_tokens"] == b["visual_tokens"]
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+
+
+def test_a_shared_optimizer_is_saved_whole_and_resumes_on_another_number_of_ranks(
+    warm, data, straight, tmp_path
+):
+    out = tmp_path / "run"
+    torchrun(2, warm("idefics3"), data, out, "--steps 2 --save-every 2 --zero")
+    shared, whole = (
+        torch.load(run / "checkpoint-2" / "trainer.pt", weights_only=True)["optimizer"]
+        for run in (out, straight)
+    )
+    assert shared["state"].keys() == whole["state"].keys()
+    assert shared["param_groups"] == whole["param_groups"]
+
+    train(warm("idefics3"), data, out, "--steps 4 --save-every 2")
+    start = load_file(warm("idefics3") / "model.safetensors")
+    expected = weights(straight, 4)
+    assert distance(weights(out, 4), expected) < 0.01 * distance(start, expected)
+
+
+def test_ranks_work_on_different_samples(warm, data, tmp_path):
+    """The same prompts on every rank would halve the data.
+
+    With two ranks a step has three prompts, and not two of them twice.
+    """
+    torchrun(2, warm("idefics3"), data, tmp_path / "two", "--steps 1")
+    train(warm("idefics3"), data, tmp_path / "one", "--steps 1")
+    tokens = [metrics(tmp_path / name)[0]["completion_tokens"] for name in ("one", "two")]
+    assert tokens[0] == tokens[1]
+
+
+# ---------------------------------------------------------------- objectives and rewards
+
+
+def test_sft_learns_to_write_the_hidden_text(warm):
+    losses = [record["loss"] for record in metrics(warm("idefics3").parent)]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("loss", ("dr_grpo", "dapo"))
+def test_several_updates_per_rollout_move_the_ratio_and_the_kl(warm, data, tmp_path, loss):
+    flags = "--steps 3 --updates 3 --beta 0.1 --lr 1e-3 --clip-eps 0.01 0.02"
+    train(warm("idefics3"), data, tmp_path / "run", "--loss", loss, flags)
+    records = metrics(tmp_path / "run")
+    assert max(record["clip_fraction"] for record in records) > 0
+    assert max(record["kl"] for record in records) > 0
+
+
+def test_the_visual_component_is_rewarded_and_logged(warm, data, clip_folder, tmp_path):
+    run = tmp_path / "run"
+    flags = f"--reward semantic=1 visual=0.5 --clip {clip_folder} --clip-others 3"
+    train(warm("idefics3"), data, run, "--steps 1 --updates 2", flags)
+    (record,) = metrics(run)
+    assert 0 < record["reward_visual"] < 1
+    assert record["visual_tokens"] == 4
+    assert record["reward_seconds"] > 0
+    expected = (record["reward_semantic"] + 0.5 * record["reward_visual"]) / 1.5
+    assert record["reward"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_new_component_is_one_entry_and_appears_in_the_metrics(warm, data, tmp_path, monkeypatch):
+    def mentions_a_thing(reward, record, answer):
+        return float("thing" in answer)
+
+    monkeypatch.setitem(COMPONENTS, "thing", for_each_answer(mentions_a_thing))
+    flags = "--steps 1 --reward semantic=1 thing=0.5"
+    train(warm("idefics3"), data, tmp_path / "run", flags)
+    (record,) = metrics(tmp_path / "run")
+    assert 0 < record["reward_thing"] <= 1
+    expected = (record["reward_semantic"] + 0.5 * record["reward_thing"]) / 1.5
+    assert record["reward"] == pytest.approx(expected, abs=1e-5)
+    assert f"thing {record['reward_thing']:.2f}"[:7] in (tmp_path / "run/samples.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "value, reason",
+    [
+        ("brevity=1", "brevity=1: no such component; there are semantic, visual"),
+        ("semantic=much", "'semantic=much'"),
+        ("semantic=-1", "'semantic=-1'"),
+        ("semantic", "'semantic'"),
+    ],
+)
+def test_an_unknown_component_or_weight_is_refused_in_one_line(
+    stage, data, tmp_path, value, reason
+):
+    error, printed = stage(grpo_train, *flags_of("none", data, tmp_path / "o", "--reward", value))
+    assert error == "2"
+    *_, message = printed.strip().splitlines()
+    assert "error: argument --reward: " in message
+    assert reason in message
+    assert not (tmp_path / "o").exists()
+
+
+def test_weights_that_are_all_0_are_refused_in_one_line(stage, data, tmp_path):
+    flags = flags_of("none", data, tmp_path / "out", "--reward", "semantic=0", "visual=0")
+    error, _ = stage(grpo_train, *flags)
+    assert error == "error: --reward: all weights are 0, so nothing is rewarded"
+
+
+def test_a_component_of_weight_0_loads_nothing_and_is_not_logged(warm, data, tmp_path):
+    flags = "--steps 1 --reward semantic=1 visual=0 --clip no-such-model"
+    train(warm("idefics3"), data, tmp_path / "run", flags)
+    assert "reward_visual" not in metrics(tmp_path / "run")[0]
+
+
+# ---------------------------------------------------------------- records
+
+
+def test_a_record_without_its_image_gives_way_to_the_next_and_is_named(warm, data, tmp_path):
+    lines = (data / "masks.jsonl").read_text().splitlines()
+    lines[0] = json.dumps(json.loads(lines[0]) | {"image": "gone.png"})
+    for image in data.glob("*.png"):
+        (tmp_path / image.name).write_bytes(image.read_bytes())
+    (tmp_path / "masks.jsonl").write_text("\n".join([*lines, '{"half a li']))
+
+    printed = train(warm("idefics3"), tmp_path, tmp_path / "run", "--steps 3")
+    assert "gone.png does not exist" in printed
+    assert "masks.jsonl:8" in printed
+    assert "1 records could not be used" in printed
+    assert "peak memory: " in printed
