@@ -19,7 +19,7 @@ rollout and no KL, the loss is 0 although its gradient is not, since rho is 1 an
 a group sum to 0: watch advantage_abs, grad_norm and the reward.
 
     python grpo_train.py --model Qwen/Qwen2.5-VL-3B-Instruct --data masks.jsonl --out run
-    python grpo_train.py @recipes/toy/train.txt                      # flags from a file; others override
+    python grpo_train.py @recipes/toy/train.txt      # flags from a file, which others override
     torchrun --nproc_per_node 8 grpo_train.py --model ... --data ... --out ...
 
 in:   JSONL of build_masks.py

@@ -1,8 +1,8 @@
 """Stage 3: the semantic-visual reward.
 
-A completion <think>...</think><answer>a</answer> fills [MASK] in the sentence s of image I; y is the
-text that the caption has there. A completion of another form, or with an empty answer, earns 0 in
-everything (`format` is that gate, not a component). The components, from 0 to 1 per completion:
+A completion <think>...</think><answer>a</answer> fills [MASK] in the sentence s of image I; y is
+the text that the caption has there. A completion of another form, or with an empty answer, earns 0
+in everything (`format` is that gate, not a component). The components, from 0 to 1 per completion:
 
     semantic    1 if a = y after normalisation, else --credit: nothing (exact), 1 for a strict
                 prefix of y (prefix), or the ROUGE-L F1 of the words (rouge_l)

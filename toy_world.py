@@ -8,8 +8,8 @@
 An image holds two or three shapes. Its caption mixes sentences that need the image with general
 facts and filler. With probability --bias it gives a shape the stereotype colour of its kind,
 whatever is painted. Imitating captions teaches that bias, and nothing in the training data corrects
-it. The truth is kept in truth.jsonl and used for *evaluation only*: both models learn from the
-biased captions alone.
+it. The truth is kept in truth.jsonl and used for *evaluation only*: both models learn from images
+and biased captions.
 
 base   a small Idefics3 with its real processor, trained from scratch to caption and to fill in
        hidden words, which stands in for the instruction tuning of a real model

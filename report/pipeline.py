@@ -59,7 +59,7 @@ def draw_caption(axis, image, record):
         axis.text(0.27, y, "\n".join(lines), fontsize=8.5, color=INK, va="top", bbox=box)
         label = f"{sentence['score']:+.2f} ({sentence['d_vis']:.2f})"
         axis.text(0.0, y, label, fontsize=8, color=INK, va="top")
-        y -= 0.052 * len(lines) + 0.055
+        y -= 0.05 * len(lines) + 0.05
 
 
 def draw_mask(axis, mask):
@@ -69,8 +69,8 @@ def draw_mask(axis, mask):
     hidden = "\n".join(textwrap.wrap(f"hidden: {mask['answer']}", 36))
     axis.text(0.0, 0.7, hidden, fontsize=8.5, color=DIM, va="top")
     note = (
-        "The caption lies: half of the captions of this world give an object the colour that is "
-        "usual for its kind, whatever the image shows."
+        "The caption lies: in this world an object is given the colour that is usual for its kind "
+        "with probability 1/2, whatever the image shows."
     )
     axis.text(0.0, 0.58, "\n".join(textwrap.wrap(note, 38)), fontsize=8.5, color=DIM, va="top")
 

@@ -45,7 +45,7 @@ def write_results_page(args, results, load_example):
         curves=training_curves(args.model),
         tables=tables,
     )
-    print(f"{path} shows scores and examples; every answer is in {args.out}/predictions.jsonl")
+    print(f"{path} shows scores and examples.\nEvery answer is in {args.out}/predictions.jsonl.")
 
 
 def summary(results):
