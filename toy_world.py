@@ -108,7 +108,7 @@ def build_world(out, bias, seed, size, clock):
 
 def run_stage(stage):
     """Prints and runs the command of a stage; if it fails, this program ends in one line."""
-    print("\n$ python", *stage.command, flush=True)
+    print(f"\n{stage.about}\n$ python", *stage.command, flush=True)
     status = run_command(stage.command).returncode
     if status:
         fail(

@@ -190,11 +190,30 @@ def remark(entry):
 
 
 def print_scores(results):
-    """Prints the scores of evaluate_records() without those by category."""
-    for heading, scores in sections(results).items():
-        print(heading)
-        for name, entry in scores.items():
-            if is_overall(name):
-                interval = f"{entry['value']:7.2f} [{entry['low']:6.2f}, {entry['high']:6.2f}]"
-                print(f"  {name:32s}{interval}  n {entry['n']}, {remark(entry)}")
+    """One line per score about all records: with an interval, other conditions, gain on --compare.
+
+    exact_match   38.4 [34.8, 42.0]   0.0   21.2   +13.5 [10.1, 16.9] gain
+    """
+    others = [c for c in CONDITIONS[1:] if c in results]
+    compared = results.get("compared", {}).get("real", {})
+    header = f"{'percent':28s}{'real':22s}" + "".join(f"{c:10s}" for c in others)
+    if compared:
+        header += f"over {Path(results['compared_with']).name}"
+    print(header.rstrip())
+    for name, entry in results.get("real", {}).items():
+        if not is_overall(name):
+            continue
+        line = f"{name:28s}{_interval(entry, ''):22s}"
+        for condition in others:
+            value = results[condition].get(name, {}).get("value")
+            line += f"{value:<10.1f}" if value is not None else " " * 10
+        if name in compared:
+            line += f"{_interval(compared[name], '+')} {compared[name]['verdict']}"
+        if entry["unparsed"]:
+            line += f"  {entry['unparsed']} of {entry['n']} unparsed"
+        print(line.rstrip())
     print(f"{results['kind']}: {results['records']} records, {results['skipped']} skipped")
+
+
+def _interval(entry, sign):
+    return f"{entry['value']:{sign}.1f} [{entry['low']:.1f}, {entry['high']:.1f}]"

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from tqdm import tqdm
-from transformers.utils import logging as hf_logging
 
 from common.checkpoints import (
     checkpoints,
@@ -140,7 +139,6 @@ class Run:
             write_json(self.out / "run.json", {"settings": self.settings, "flags": self.flags})
             self._cut_logs(metrics)
             prune_checkpoints(self.out, self.keep)
-            hf_logging.disable_progress_bar()  # of saving
             resumed = f", resumed from {self.checkpoint}" if self.checkpoint else ""
             print(f"{description}, steps {self.start_step + 1} to {self.last_step}{resumed}")
         self.bar = tqdm(
@@ -149,6 +147,7 @@ class Run:
             desc=self.out.name,
             unit="step",
             disable=self.rank > 0,
+            leave=False,
         )
 
     def restore(self, optimizer):

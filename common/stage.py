@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+from transformers.utils import logging as hf_logging
 
 from common.ranks import barrier, broadcast, gather, setup_distributed
 from common.records import (
@@ -147,7 +148,8 @@ def map_records(records, start, out, settings, source, batch_size, finish=None):
         return len(batch), prepared
 
     batches = _batches(itertools.islice(records, done, None), batch_size * world)
-    with tqdm(desc=files.out.name, initial=done, unit="record", disable=rank > 0) as bar:
+    bar = tqdm(desc=files.out.name, initial=done, unit="record", disable=rank > 0, leave=False)
+    with bar:
         for count, prepared in prefetch(prepare_batch, batches):
             lines = _in_order(gather(_results(prepared, process)), count)
             if rank == 0:
@@ -265,6 +267,8 @@ def run_script(main):
     failing rank's error last.
     """
     lost_peer = False
+    # "Loading weights" and the like: the stages have bars of their own for what takes long
+    hf_logging.disable_progress_bar()
     try:
         try:
             main()

@@ -24,11 +24,29 @@ SMALL = Size(300, 40, 60, 20, 100, 4, 40, 4, 8)
 
 
 class Stage(NamedTuple):
-    """A command, and the path that it writes."""
+    """A command, the path that it writes, and what it does, in a sentence."""
 
     name: str
     written: str
     command: list
+    about: str
+
+
+ABOUT = {
+    "score": "Stage 1. Which sentences of the {} captions need the image?",
+    "mask": "Stage 2. Hide what needs the image, in the {} captions.",
+    "train sft": "The baseline: imitate the hidden text, lies included (SFT).",
+    "train mmrpt": "Stages 3 and 4. Reward answers that fit the image, and train on that by GRPO.",
+    "evaluate": "Stage 5. The {} model fills held-out masks: with the image, a grey one, another.",
+    "teach": "A short tuning of the {} model on multiple-choice questions, which it has never seen.",
+    "ask": "Multiple-choice questions about held-out images, put to the {} model.",
+}
+
+
+def about(name):
+    """What a stage does, for people who read the output."""
+    kind, _, which = name.partition(" ")
+    return ABOUT.get(name, ABOUT.get(kind, "")).format(which)
 
 
 def stages(out, seed, size):
@@ -45,7 +63,8 @@ def stages(out, seed, size):
 def stage(name, script, recipe, written, *arguments):
     """A Stage that runs `script` with a recipe and what differs from it."""
     recipe = f"recipes/toy/{recipe}.txt"
-    return Stage(name, written, recipe_command(script, recipe, *arguments, "--out", written))
+    command = recipe_command(script, recipe, *arguments, "--out", written)
+    return Stage(name, written, command, about(name))
 
 
 def score_stages(out, size):
@@ -121,7 +140,7 @@ def question_stages(out, seed, size):
         written = f"{out}/questions_{name}"
         command = ["toy_world.py", "--piece", "questions", str(size.question_steps)]
         command += [checkpoint(out, name, size), "--seed", str(seed), "--out", written]
-        yield Stage(f"teach {name}", written, command)
+        yield Stage(f"teach {name}", written, command, about(f"teach {name}"))
     for name in ("base", "mmrpt"):
         compare = () if name == "base" else ("--compare", f"{out}/asked_base")
         yield stage(

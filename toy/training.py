@@ -45,7 +45,7 @@ def fit(model, loss_of, n, steps, batch_size, lr, seed, desc, muon_lr):
     batches = shuffled_batches(n, batch_size, random.Random(seed))
     smooth = None
     model.train()
-    with tqdm(range(steps), desc=desc, unit="step") as bar:
+    with tqdm(range(steps), desc=desc, unit="step", leave=False) as bar:
         for _ in bar:
             loss = loss_of(next(batches))
             loss.backward()
@@ -59,6 +59,7 @@ def fit(model, loss_of, n, steps, batch_size, lr, seed, desc, muon_lr):
                 smooth = loss.item()
             smooth = 0.95 * smooth + 0.05 * loss.item()
             bar.set_postfix(loss=f"{smooth:.3f}")
+    print(f"{desc}: {steps} steps, loss {smooth:.3f}")
     return model.eval()
 
 

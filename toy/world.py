@@ -182,7 +182,7 @@ def make_world(folder, n_train, n_val, bias, seed):
 
     with building(folder / "images") as images:
         images.mkdir(parents=True)
-        for i in tqdm(range(n_train + n_val), desc="drawing", unit="image"):
+        for i in tqdm(range(n_train + n_val), desc="drawing", unit="image", leave=False):
             split = "train" if i < n_train else "val"
             name = f"{split}-{i:05d}"
             image, caption, truth = sample_pair(rng, bias)

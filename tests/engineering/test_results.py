@@ -155,13 +155,15 @@ def test_printed_scores_leave_out_categories_and_name_the_other_model(capsys):
     gain = {"value": 5.0, "low": -1.0, "high": 9.0, "n": 8, "verdict": "noise"}
     results = {"kind": "mcq", "records": 9, "skipped": 1, "compared_with": "runs/base"}
     results |= {"real": {"accuracy": entry, "accuracy, category a": entry}}
+    results |= {"shuffled": {"accuracy": {**entry, "value": 21.0}}}
     results |= {"compared": {"real": {"accuracy": gain}}}
-    assert list(sections(results)) == ["real", "real - base"]
+    assert list(sections(results)) == ["real", "shuffled", "real - base"]
     print_scores(results)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5 and lines[0] == "real" and lines[2] == "real - base"
-    assert " ".join(lines[1].split()) == "accuracy 50.00 [ 40.00, 60.00] n 8, 2 unparsed"
-    assert lines[3].endswith("noise") and lines[4] == "mcq: 9 records, 1 skipped"
+    header, line, end = capsys.readouterr().out.splitlines()
+    assert header.split() == ["percent", "real", "shuffled", "over", "base"]
+    printed = "accuracy 50.0 [40.0, 60.0] 21.0 +5.0 [-1.0, 9.0] noise 2 of 8 unparsed"
+    assert " ".join(line.split()) == printed and len(line) <= 100
+    assert end == "mcq: 9 records, 1 skipped"
     assert not is_overall("accuracy, category a") and is_overall("accuracy, mean of category")
     assert remark(gain) == "noise" and remark(entry) == "2 unparsed"
 

@@ -31,7 +31,7 @@ def test_a_world_with_other_settings_is_refused_in_one_line(tmp_path):
 def test_a_stage_that_fails_is_named_in_one_line(capfd):
     command = ["build_masks.py", "--scores", "no/such/file", "--out", "no/such/masks"]
     with pytest.raises(SystemExit, match="the stage 'mask train' failed with exit status 1"):
-        toy_world.run_stage(Stage("mask train", "no/such/masks", command))
+        toy_world.run_stage(Stage("mask train", "no/such/masks", command, ""))
     printed = capfd.readouterr()
     assert "$ python build_masks.py --scores no/such/file" in printed.out
     assert "no/such/file: no such file" in printed.err

@@ -301,6 +301,16 @@ def test_a_component_of_weight_0_loads_nothing_and_is_not_computed(monkeypatch):
     assert set(visual_only([RECORD], [RED], [["no"]])) == {"format", "visual"}
 
 
+def test_the_gate_holds_for_a_component_that_does_not_look(monkeypatch):
+    def generous(reward, records, images, answers):
+        return torch.ones(len(answers), len(answers[0]))
+
+    monkeypatch.setitem(COMPONENTS, "generous", generous)
+    completions = [[completion("red"), "red", completion("")]]
+    components = Reward({"generous": 1.0})([RECORD], [RED], completions)
+    assert components["generous"].tolist() == [[1, 0, 0]]
+
+
 def test_a_new_component_is_one_function_and_one_entry(monkeypatch):
     def is_short(reward, record, answer):
         return float(len(answer.split()) < 3)
