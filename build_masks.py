@@ -20,7 +20,6 @@ are always compared by a corrected score of the rows that produce them: density 
 else D_vis minus the position baseline, even if the rule uses plain D_vis for sentences.
 
     python build_masks.py --scores scores.jsonl --out masks.jsonl
-    python build_masks.py --scores scores.jsonl --out masks.jsonl --granularity sentence
 
 in:   JSONL of score_dependency.py
 out:  JSONL {id, image, masked_caption, answer, sentence, start, end, score, threshold}, a record
@@ -29,12 +28,14 @@ out:  JSONL {id, image, masked_caption, answer, sentence, start, end, score, thr
 """
 
 import itertools
+import math
 import random
 from functools import partial
 
 import numpy as np
 from tqdm import tqdm
 
+from common.answers import normalise
 from common.records import BadRecord, fail, fingerprint, load_records, read_jsonl
 from common.scored import read_scores
 from common.stage import (
@@ -119,6 +120,8 @@ def threshold_rule(rule, sentences):
             tau = float(np.quantile(scores, float(rule.removeprefix("quantile:"))))
         else:
             tau = float(rule)
+        if not math.isfinite(tau):
+            raise ValueError
     except ValueError:
         fail(
             f"--threshold {rule}: not position, density, otsu, mean, gap, quantile:Q with Q in "
@@ -251,7 +254,7 @@ def load_masks(path):
 def _is_answerable(record):
     text = record["sentence"] + record["answer"]
     has_masks = record["sentence"].count(MASK) == 1 and record["masked_caption"].count(MASK) == 1
-    return has_masks and record["answer"].strip() != "" and not ANSWER_TAG.search(text)
+    return has_masks and normalise(record["answer"]) != "" and not ANSWER_TAG.search(text)
 
 
 # ---------------------------------------------------------------- the command
@@ -290,16 +293,16 @@ def read_sentences(path):
 def print_summary(args, counts, sentences):
     """What was masked, with the meaning of each number."""
     masks = load_records(args.out)
-    taus = [mask["threshold"] for mask in masks]
+    taus = sorted({f"{mask['threshold']:.3f}" for mask in masks}, key=float)
     shares = []
     for mask in masks:
         caption_length = len(mask["masked_caption"]) - len(MASK) + len(mask["answer"])
         shares.append(len(mask["answer"]) / caption_length)
-    print(
-        f"{len(masks)} of {len(sentences)} sentences are masked; the others lie below tau or beyond"
-        f" --max-masks.\ntau of rule {args.threshold}: {min(taus):.3f} to {max(taus):.3f}. "
-        f"A mask hides {np.mean(shares):.0%} of its caption on average."
-    )
+    tau = taus[0] if len(taus) == 1 else f"{taus[0]} to {taus[-1]}"
+    line = f"{len(masks)} of {len(sentences)} sentences masked: rule {args.threshold}, tau {tau}"
+    if args.select == "random":
+        line = f"{len(masks)} random masks, as many and as long as {args.threshold} would make"
+    print(f"{line}. A mask hides {np.mean(shares):.0%} of its caption on average.")
 
     checked = [s for s in sentences if "ablation" in s]
     if checked:

@@ -50,6 +50,7 @@ toy/study.py says what study.json holds.
 
 import argparse
 import json
+import textwrap
 import time
 from pathlib import Path
 
@@ -68,22 +69,23 @@ MODELS = ("base", "sft", "mmrpt")
 
 
 class Clock:
-    """Seconds by stage. Those of a stage that an earlier call completed are kept."""
+    """Seconds by stage, kept in a file, so that a run that is continued knows those before it."""
 
-    def __init__(self, results):
-        self.earlier = {}
-        if results.exists():
-            self.earlier = json.loads(results.read_text())["seconds"]
+    def __init__(self, path, settings):
+        self.path = path
+        self.settings = settings
         self.seconds = {}
+        if path.exists():
+            self.seconds = json.loads(path.read_text()).get("seconds", {})
 
-    def time(self, name, written, build):
+    def measure(self, name, written, build):
         """Calls build(), which may find that `written` is there already."""
         was_there = Path(written).exists()
         began = time.time()
         build()
-        self.seconds[name] = round(time.time() - began, 1)
-        if was_there and name in self.earlier:
-            self.seconds[name] = self.earlier[name]
+        if not (was_there and name in self.seconds):
+            self.seconds[name] = round(time.time() - began, 1)
+        write_json(self.path, {"settings": self.settings, "seconds": self.seconds})
 
 
 def build_world(out, bias, seed, size, clock):
@@ -97,7 +99,7 @@ def build_world(out, bias, seed, size, clock):
             else:
                 function(*arguments)
 
-        clock.time(name, written, build_or_reuse)
+        clock.measure(name, written, build_or_reuse)
 
     truth = out / "truth.jsonl"
     build("world", truth, make_world, out, size.n_train, size.n_val, bias, seed)
@@ -108,7 +110,8 @@ def build_world(out, bias, seed, size, clock):
 
 def run_stage(stage):
     """Prints and runs the command of a stage; if it fails, this program ends in one line."""
-    print(f"\n{stage.about}\n$ python", *stage.command, flush=True)
+    command = textwrap.wrap(" ".join(["python", *stage.command]), 92, break_on_hyphens=False)
+    print(f"\n{stage.about}\n$ " + " \\\n      ".join(command), flush=True)
     status = run_command(stage.command).returncode
     if status:
         fail(
@@ -199,10 +202,10 @@ def main():
     if not check_settings(out / "world.json", settings):
         write_json(out / "world.json", {"settings": settings})
     size = SMALL if args.small else FULL
-    clock = Clock(out / "results.json")
+    clock = Clock(out / "world.json", settings)
     build_world(out, args.bias, args.seed, size, clock)
     for stage in stages(out, args.seed, size):
-        clock.time(stage.name, stage.written, lambda stage=stage: run_stage(stage))
+        clock.measure(stage.name, stage.written, lambda stage=stage: run_stage(stage))
 
     results = {**settings, **measure(out), "seconds": clock.seconds}
     write_json(out / "results.json", results)

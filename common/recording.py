@@ -1,4 +1,4 @@
-"""Decoder layers: naming some, and seeing their queries and keys while the model runs."""
+"""Parsing --layers, and observing the queries and keys of decoder layers in a forward pass."""
 
 import contextlib
 
@@ -45,11 +45,12 @@ def _observed_attention(module, query, key, value, attention_mask, scaling=None,
 
 
 def layer_list(text):
-    """argparse type: '14-16,20' gives [14, 15, 16, 20]."""
-    layers = []
+    """argparse type: '14-16,20' gives [14, 15, 16, 20]; each layer counts once."""
+    layers = set()
     for part in text.split(","):
         first, _, last = part.partition("-")
-        layers += range(int(first), int(last or first) + 1)
-    if not layers:
-        raise ValueError("no layers")
-    return layers
+        last = last or first
+        if int(last) < int(first):
+            raise ValueError("no layers")
+        layers |= set(range(int(first), int(last) + 1))
+    return sorted(layers)

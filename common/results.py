@@ -16,7 +16,16 @@ from common.stats import paired_difference, with_intervals
 # what the model is shown: its image; a grey one (masked captions) or none (benchmarks); another's
 CONDITIONS = ("real", "blank", "without", "shuffled")
 # settings that must be equal for two models to be compared
-COMPARABLE = ("stage", "kind", "data", "clip")
+COMPARABLE = (
+    "stage",
+    "kind",
+    "data",
+    "clip",
+    "clip_weights",
+    "clip_others",
+    "max_pixels",
+    "max_new_tokens",
+)
 
 
 def other_image(names, i, load):
@@ -109,7 +118,7 @@ def _comparable_predictions(folder, settings):
     different = [k for k in COMPARABLE if other_settings.get(k) != settings.get(k)]
     if different:
         names = " and ".join(different)
-        fail(f"--compare {folder}: another {names}; both must come from the same data")
+        fail(f"--compare {folder}: made with another {names}; both must have the same")
     return predictions
 
 

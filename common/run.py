@@ -209,12 +209,11 @@ class Run:
         self.bar.close()
         if self.rank == 0:
             owner = "this rank's tensors" if device.type == "cuda" else "the whole process"
-            print(f"peak memory: {peak_memory(device) / 2**20:.0f} MiB ({owner})")
             print(
-                f"{self.checkpoint}: done, {sum(self.skipped)} updates skipped (not finite), "
-                f"{unusable_records} records could not be used."
-                f"\nNext: evaluate.py --model {self.checkpoint}"
+                f"{sum(self.skipped)} updates skipped, {unusable_records} records could not be used;"
+                f" peak memory: {peak_memory(device) / 2**20:.0f} MiB ({owner})"
             )
+            print(f"{self.checkpoint}: done. Next: evaluate.py --model {self.checkpoint} ...")
 
     def _cut_logs(self, metrics):
         """Drops what a killed run logged after the checkpoint."""
@@ -242,9 +241,9 @@ def _summary(metrics):
             rewards.append(f"{name.removeprefix('reward_')} {value:.2f}")
     if rewards:
         shown = f"reward {metrics['reward']:.3f} ({', '.join(rewards)})"
-        shown += f"  format {metrics['format_ok']:.2f}  entropy {metrics['entropy']:.2f}"
-        shown += f"  tokens {metrics['completion_tokens']:.1f}"
-    return f"step {metrics['step']:4d}  {shown}  gradient {metrics['grad_norm']:.2f}"
+        shown += f" format {metrics['format_ok']:.2f} entropy {metrics['entropy']:.2f}"
+        shown += f" tokens {metrics['completion_tokens']:.1f}"
+    return f"step {metrics['step']:4d}  {shown} grad {metrics['grad_norm']:.2f}"
 
 
 def draw_curves(out):

@@ -148,7 +148,7 @@ def map_records(records, start, out, settings, source, batch_size, finish=None):
         return len(batch), prepared
 
     batches = _batches(itertools.islice(records, done, None), batch_size * world)
-    bar = tqdm(desc=files.out.name, initial=done, unit="record", disable=rank > 0, leave=False)
+    bar = tqdm(desc=files.out.name, initial=done, unit=" record", disable=rank > 0, leave=False)
     with bar:
         for count, prepared in prefetch(prepare_batch, batches):
             lines = _in_order(gather(_results(prepared, process)), count)

@@ -213,16 +213,19 @@ def paired_difference(score, mine, other):
         if name in other_scores:
             my_value, my_draws = drawn["mine", name]
             other_value, other_draws = drawn["other", name]
-            gain = confidence_interval(my_value - other_value, my_draws - other_draws)
+            value = my_value - other_value
+            draws = my_draws - other_draws
+            gain = confidence_interval(value, draws)
             gain["n"] = len({r["index"] for r in records})
-            gain["verdict"] = _verdict(gain, len({r["unit"] for r in records}))
+            gain["verdict"] = _verdict(value, draws, len({r["unit"] for r in records}))
             results[name] = gain
     return results
 
 
-def _verdict(gain, units):
-    if units < 10 or gain["low"] <= 0 <= gain["high"]:
+def _verdict(value, draws, units):
+    if units < 10 or np.isnan(draws).all():
         return "noise"
-    if gain["value"] > 0:
-        return "gain"
-    return "loss"
+    low, high = np.nanpercentile(draws, (2.5, 97.5))
+    if low <= 0 <= high:
+        return "noise"
+    return "gain" if value > 0 else "loss"

@@ -96,7 +96,7 @@ def make_processor(captions):
 
 
 def make_base(tokenizer):
-    """An untrained Idefics3 of 1.3 M parameters.
+    """An untrained Idefics3 of 1.4 M parameters.
 
     Its vision encoder has absolute positions, so it learns places early.
     """

@@ -37,16 +37,19 @@ ABOUT = {
     "mask": "Stage 2. Hide what needs the image, in the {} captions.",
     "train sft": "The baseline: imitate the hidden text, lies included (SFT).",
     "train mmrpt": "Stages 3 and 4. Reward answers that fit the image, and train on that by GRPO.",
-    "evaluate": "Stage 5. The {} model fills held-out masks: with the image, a grey one, another.",
+    "evaluate": "Stage 5. The {} model fills held-out masks, seeing the image, a grey one, or another image.",
     "teach": "A short tuning of the {} model on multiple-choice questions, which it has never seen.",
     "ask": "Multiple-choice questions about held-out images, put to the {} model.",
 }
 
 
+IN_WORDS = {"train": "training", "val": "held-out", "sft": "SFT", "mmrpt": "MMRPT"}
+
+
 def about(name):
     """What a stage does, for people who read the output."""
     kind, _, which = name.partition(" ")
-    return ABOUT.get(name, ABOUT.get(kind, "")).format(which)
+    return ABOUT.get(name, ABOUT.get(kind, "")).format(IN_WORDS.get(which, which))
 
 
 def stages(out, seed, size):

@@ -290,6 +290,7 @@ def test_the_same_scores_unbroken_cost_no_record(world, run):
     "change",
     [
         {"answer": 5},
+        {"answer": "..."},
         {"answer": " "},
         {"answer": "a</answer>"},
         {"sentence": "<think> [MASK]"},

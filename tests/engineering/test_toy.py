@@ -90,14 +90,16 @@ def test_every_recipe_says_how_it_is_used(recipe):
 
 
 def test_a_second_run_keeps_the_seconds_of_the_first(tmp_path):
-    results = tmp_path / "results.json"
-    results.write_text('{"seconds": {"base": 300.0, "clip": 200.0}}')
+    path = tmp_path / "world.json"
+    path.write_text('{"settings": {}, "seconds": {"base": 300.0, "clip": 200.0}}')
     (tmp_path / "base").mkdir()
-    clock = toy_world.Clock(results)
+    clock = toy_world.Clock(path, {})
     for name in ("base", "clip"):
-        clock.time(name, tmp_path / name, lambda: None)
+        clock.measure(name, tmp_path / name, lambda: None)
     assert clock.seconds["base"] == 300.0
     assert clock.seconds["clip"] < 1
+    # kept after every stage, so that a kill loses none
+    assert json.loads(path.read_text())["seconds"] == clock.seconds
 
 
 def test_what_is_being_built_is_there_whole_or_not_at_all(tmp_path):

@@ -8,6 +8,7 @@ from PIL import Image
 from tiny import FAMILIES, random_image
 
 import score_dependency
+from common.recording import layer_list
 from common.records import BadRecord
 from common.vlm import (
     append_responses,
@@ -271,6 +272,12 @@ def test_text_that_contains_an_image_token_is_refused(checkpoint, family):
         chat_prompt(processor, f"a {processor.image_token} in the text")
     with pytest.raises(BadRecord, match="image token"):
         encode_responses(processor, [f"a {processor.image_token} in the text"], CPU)
+
+
+def test_a_layer_that_is_named_twice_counts_once():
+    assert layer_list("2,2") == [2] and layer_list("3-5,5,1") == [1, 3, 4, 5]
+    with pytest.raises(ValueError):
+        layer_list("7-5")
 
 
 def test_a_layer_that_the_decoder_lacks_is_refused(checkpoint):
