@@ -267,11 +267,11 @@ def parse_args():
 
     # the method; RPT (2506.08007) is the closest relative whose settings are published
     add("--objective", default="grpo", choices=("grpo", "sft"), help="sft: imitate (%(default)s)")
-    add("--loss", default="grpo", choices=("grpo", "dr_grpo", "dapo"), help="the table above")
-    add("--steps", type=positive_int, default=500, help="in all (%(default)s)")
-    add("--prompts-per-step", type=positive_int, default=32, help="of all ranks (%(default)s)")
+    add("--loss", default="grpo", choices=("grpo", "dr_grpo", "dapo"), help="see the table above")
+    add("--steps", type=positive_int, default=500, help="in all (500: 16,000 prompts)")
+    add("--prompts-per-step", type=positive_int, default=32, help="of all ranks (32: common)")
     add("--group-size", type=positive_int, default=8, help="G, completions per prompt (8, as RPT)")
-    add("--max-new-tokens", type=positive_int, default=256, help="per completion (%(default)s)")
+    add("--max-new-tokens", type=positive_int, default=256, help="(256: a thought and a phrase)")
     add("--temperature", type=non_negative, default=0.8, help="of sampling (0.8, as RPT)")
     add("--updates", type=positive_int, default=1, help="per rollout (default 1: on-policy)")
     add("--lr", type=non_negative, default=1e-6, help="for billions of parameters (1e-6, as RPT)")
@@ -283,7 +283,7 @@ def parse_args():
     add_reward_flags(parser)
 
     # speed, duration and paths: these may change when a run is resumed
-    add("--tokens-per-forward", type=positive_int, default=4096, help="size of a micro-batch")
+    add("--tokens-per-forward", type=positive_int, default=4096, help="of a micro-batch (a group)")
     add("--resume", action=BooleanOptionalAction, default=True, help="from the newest checkpoint")
     add("--save-every", type=positive_int, default=50, help="steps per checkpoint (%(default)s)")
     add("--log-every", type=positive_int, default=10, help="steps per printed line (%(default)s)")
