@@ -2,7 +2,7 @@
 
     python toy_world.py                                # world, models, all five stages, the table
     python toy_world.py --bias 0.8 --out runs/bias08   # captions that lie more often
-    python toy_world.py --small --out runs/small       # a minute or two: does everything run?
+    python toy_world.py --small --out runs/small       # two minutes: does everything run?
     python toy_world.py --study                        # what makes the difference? About two hours
 
 An image holds two or three shapes. Its caption mixes sentences that need the image with general
@@ -148,6 +148,8 @@ def print_results(out, results):
         f"\nstage 2, are those sentences masked? precision {results['mask_precision']:.3f}, "
         f"recall {results['mask_recall']:.3f}\n"
     )
+    if results["small"]:
+        print("--small only shows that everything runs: its models have learned next to nothing.")
     print(f"{'held-out masks':36s}{'base':>8s}{'SFT':>8s}{'MMRPT':>8s}")
     for metric, label, remark in (
         ("exact_match_truth", "exact match with the truth", "higher is better"),
@@ -161,8 +163,6 @@ def print_results(out, results):
         label = f"questions of val.tsv, {metric}"
         print(f"{label:36s}{base:8.3f}{'':8s}{mmrpt:8.3f}   higher is better")
 
-    if results["small"]:
-        print("--small only shows that everything runs: its models have learned next to nothing.")
     minutes = sum(results["seconds"].values()) / 60
     print(
         f"\n{minutes:.1f} minutes in all; every number is in {out}/results.json.\n"

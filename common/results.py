@@ -218,10 +218,12 @@ def print_scores(results):
             line += f"{value:<10.1f}" if value is not None else " " * 10
         if name in compared:
             line += f"{_interval(compared[name], '+')} {compared[name]['verdict']}"
-        if entry["unparsed"]:
-            line += f"  {entry['unparsed']} of {entry['n']} unparsed"
         print(line.rstrip())
-    print(f"{results['kind']}: {results['records']} records, {results['skipped']} skipped")
+    unparsed = max((entry["unparsed"] for entry in results.get("real", {}).values()), default=0)
+    print(
+        f"{results['kind']}: {results['records']} records, {results['skipped']} skipped; "
+        f"with the real image, {unparsed} answers are unparsed"
+    )
 
 
 def _interval(entry, sign):
