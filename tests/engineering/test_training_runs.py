@@ -334,7 +334,7 @@ def test_a_new_component_is_one_entry_and_appears_in_the_metrics(warm, data, tmp
         ("brevity=1", "brevity=1: no such component; there are semantic, visual"),
         ("semantic=much", "'semantic=much'"),
         ("semantic=-1", "'semantic=-1'"),
-        ("semantic", "'semantic'"),
+        ("semantic", "semantic: write NAME=WEIGHT, as semantic=1"),
     ],
 )
 def test_an_unknown_component_or_weight_is_refused_in_one_line(
