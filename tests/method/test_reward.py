@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -348,3 +349,14 @@ def test_every_component_is_between_0_and_1_whatever_is_written(
         assert component.isfinite().all(), name
         assert (component >= 0).all() and (component <= 1 + 1e-6).all(), name
         assert not component[components["format"] == 0].any(), name
+
+
+def test_the_component_of_the_readme_works_as_written(monkeypatch):
+    readme = (Path(reward.__file__).parent / "README.md").read_text(encoding="utf-8")
+    code = readme.partition("```python\n")[2].partition("```")[0]
+    namespace = dict(vars(reward))
+    exec(code, namespace)
+    monkeypatch.setitem(COMPONENTS, "colour", namespace["COMPONENTS"]["colour"])
+    completions = [[completion("Red circle"), completion("circle"), "red circle"]]
+    components = Reward({"colour": 0.2})([RECORD], [RED], completions)
+    assert components["colour"].tolist() == [[1, 0, 0]]
