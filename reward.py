@@ -6,9 +6,9 @@ in everything (`format` is that gate, not a component). The components, from 0 t
 
     semantic    1 if a = y after normalisation, else --credit: nothing (exact), 1 for a strict
                 prefix of y (prefix), or the ROUGE-L F1 of the words (rouge_l)
-    visual      how well s, filled with a, fits the image, --relative to the other answers of its
-                group (answers), to other images (images), or to nothing (none: CLIP's cosine);
-                times a brevity penalty
+    visual      how well s, filled with a, fits the image, times a brevity penalty; --relative to
+                the other answers of its group (answers), to those, y and what other captions hide
+                (pool), to other images (images), or to nothing (none: CLIP's cosine)
 
 Within the G completions of a prompt every component k is normalised, and only then weighted and
 added. A is the advantage:
@@ -24,7 +24,8 @@ training ends at S(I, t) = log[p(t | I) / p(t)] + c(I): the captions' prior p(t)
 an answer earns nothing by being what captions usually say. The unknown c(I) cancels when answers
 to one image are compared. Their softmax is, by Bayes' rule, the probability of each answer given
 the image if all were equally likely a priori. The cosine has the same order, but its gaps are
-small beside eps.
+small beside eps. Rivals from outside the group (pool) matter when all its answers are wrong: then
+all earn next to nothing, and the least bad one is not praised.
 
 To change the reward, write a function with a worked example and add one line to COMPONENTS.
 
@@ -35,19 +36,20 @@ ROUGE-L credit, the visual component, the brevity penalty, and normalising befor
 """
 
 import argparse
-import math
+import collections
+import random
 import re
 
 import torch
 
-from common.answers import exact_match, normalise, prefix_credit, rouge_l
+from common.answers import brevity_penalty, exact_match, normalise, prefix_credit, rouge_l
 from common.clip import Clip, add_clip_flags, load_other_images
 from common.stage import non_negative
 from common.text import ANSWER_TAG, MASK, split_words
 
 FILL_PROMPT = (
-    "{masked_caption}\n\nThis caption of the image hides a part behind " + MASK + ". Look at the "
-    "image and write the part as <think>reasoning</think><answer>hidden text</answer>."
+    "{masked_caption}\n\nFrom the image, write what " + MASK + " hides: "
+    "<think>reasoning</think><answer>hidden text</answer>"
 )
 
 
@@ -77,14 +79,20 @@ class Reward:
     """The components of the reward. One of weight 0 is not computed and loads nothing.
 
     tokenizer: the policy's, for --credit prefix. clip: a ClipScorer, for the visual component.
+    hidden: what all records hide, from which relative="pool" draws rivals.
     """
 
-    def __init__(self, weights, credit="rouge_l", relative="answers", tokenizer=None, clip=None):
+    def __init__(
+        self, weights, credit="rouge_l", relative="answers", tokenizer=None, clip=None, hidden=()
+    ):
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self.credit = credit
         self.relative = relative
         self.tokenizer = tokenizer
         self.clip = clip
+        self.hidden = collections.defaultdict(list)  # by number of words
+        for text in sorted(set(hidden)):
+            self.hidden[len(split_words(text))].append(text)
 
     def __call__(self, records, images, completions):
         """{component: (B, G) in [0, 1]} of completions[b][g] for records[b] and PIL images[b]."""
@@ -167,9 +175,24 @@ def visual_component(reward, records, images, answers):
     sentences = []
     penalties = []
     for record, group in zip(records, answers):
-        sentences.append([fill(record, answer) for answer in group])
+        rivals = rival_answers(record, reward.hidden) if reward.relative == "pool" else []
+        sentences.append([fill(record, answer) for answer in [*group, *rivals]])
         penalties.append([brevity_penalty(answer or "", record["answer"]) for answer in group])
-    return reward.clip(images, sentences, reward.relative) * torch.tensor(penalties)
+    agreement = reward.clip(images, sentences, reward.relative)
+    return agreement[:, : len(answers[0])] * torch.tensor(penalties)
+
+
+def rival_answers(record, hidden, count=7):
+    """What a group competes with in a pool: y, and `count` other texts of `hidden`.
+
+    hidden: {number of words: texts}. Rivals are as long as y, so that most of them fit its place;
+    None where there are too few. A record always gets the same ones.
+    """
+    y = record["answer"]
+    texts = hidden[len(split_words(y))]
+    drawn = random.Random(record["masked_caption"]).sample(texts, min(count + 1, len(texts)))
+    others = [text for text in drawn if text != y][:count]
+    return [y, *others, *[None] * (count - len(others))]
 
 
 def fill(record, answer):
@@ -177,22 +200,7 @@ def fill(record, answer):
     return record["sentence"].replace(MASK, answer) if answer else None
 
 
-def brevity_penalty(answer, target):
-    """BLEU's brevity penalty, applied both ways: exp(1 - longer / shorter), in words.
-
-    Saying less is never wrong about an image, and an idle word costs nothing. So 'large red' for
-    'large red circle' keeps exp(-1/2) = 0.61, 'a large red circle' exp(-1/3) = 0.72, and an answer
-    of more than twice the target and two words keeps nothing. Without it the toy policy learned to
-    leave out what it was unsure of; with BLEU's one-sided penalty, to write "a" before everything.
-    """
-    n_answer = len(split_words(answer))
-    n_target = len(split_words(target))
-    if not n_answer or not n_target or n_answer > 2 * n_target + 2:
-        return 0.0
-    return math.exp(1 - max(n_answer, n_target) / min(n_answer, n_target))
-
-
-def contrast_within_group(scores, texts):
+def contest(scores, texts):
     """softmax of `scores` (G,), in nats, over the distinct `texts` (G), each counted once.
 
     For an ideal CLIP this is p(I | t) / sum over the distinct texts t' of p(I | t'): by Bayes'
@@ -232,7 +240,7 @@ class ClipScorer(Clip):
     def __call__(self, images, texts, relative):
         """Agreement (B, G) in [0, 1] of texts[b][g] with images[b]; a text of None gets 0.
 
-        relative: answers, images or none (the cosine).
+        relative: answers or pool (a contest of the texts), images, or none (the cosine).
         """
         takes_part = torch.tensor([[text is not None for text in group] for group in texts])
         if not takes_part.any():
@@ -242,9 +250,9 @@ class ClipScorer(Clip):
         cosine = torch.einsum("bd,bgd->bg", image, text)
         scale = self.logit_scale()
 
-        if relative == "answers":
+        if relative in ("answers", "pool"):
             groups = zip(scale * cosine, texts)
-            return torch.stack([contrast_within_group(*group) for group in groups]).cpu()
+            return torch.stack([contest(*group) for group in groups]).cpu()
         if relative == "images":
             # an image is not compared with itself, whatever the names of its copies
             is_itself = (image @ self.others.T > 1 - 1e-5)[:, None]  # (B, 1, J)
@@ -281,27 +289,17 @@ def component_weight(text):
 def add_reward_flags(parser):
     """The reward's flags, the same for every script that trains with it."""
     group = parser.add_argument_group("reward")
-    group.add_argument(
-        "--reward",
-        type=component_weight,
-        nargs="+",
-        default=[("semantic", 1.0), ("visual", 1.0)],
-        metavar="NAME=WEIGHT",
-        help="components and their weights; one that is not named is off (semantic=1 visual=1)",
-    )
-    group.add_argument(
-        "--credit",
-        default="rouge_l",
-        choices=("exact", "prefix", "rouge_l"),
-        help="semantic credit of an answer that is not exact (%(default)s: exact is too rare to "
-        "learn from, prefix makes answers short)",
-    )
-    group.add_argument(
-        "--relative",
-        default="answers",
-        choices=("answers", "images", "none"),
-        help="what the visual component is relative to (%(default)s: best in the toy world)",
-    )
+    add = group.add_argument
+    defaults = [("semantic", 1.0), ("visual", 1.0)]
+    form = {"nargs": "+", "metavar": "NAME=WEIGHT", "type": component_weight}
+    note = "components and their weights; one that is not named is off (semantic=1 visual=1)"
+    add("--reward", **form, default=defaults, help=note)
+    note = "of an answer that is not exact (%(default)s: exact is too rare to learn from, prefix "
+    note += "makes answers short)"
+    add("--credit", default="rouge_l", choices=("exact", "prefix", "rouge_l"), help=note)
+    note = "what the visual component is relative to (%(default)s: best in the toy world)"
+    choices = ("answers", "pool", "images", "none")
+    add("--relative", default="answers", choices=choices, help=note)
     add_clip_flags(group)
 
 
@@ -313,7 +311,9 @@ def load_reward(args, records, root, policy):
         if args.relative == "images":
             others = load_other_images(records, root, args.max_pixels, args.clip_others)
         clip = ClipScorer(args.clip, args.clip_weights, others, policy.model.device)
-    return Reward(args.reward, args.credit, args.relative, policy.processor.tokenizer, clip)
+    hidden = [record["answer"] for record in records]
+    tokenizer = policy.processor.tokenizer
+    return Reward(args.reward, args.credit, args.relative, tokenizer, clip, hidden)
 
 
 # ---------------------------------------------------------------- the worked example

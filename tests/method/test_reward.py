@@ -20,16 +20,18 @@ from reward import (
     Reward,
     add_reward_flags,
     brevity_penalty,
-    contrast_within_group,
+    contest,
     for_each_answer,
     load_reward,
     parse_completion,
     pmi_over_images,
+    rival_answers,
     semantic_credit,
     target_completion,
 )
 
 RECORD = {"sentence": "The top left holds a [MASK].", "answer": "large red circle"}
+RECORD["masked_caption"] = "A square has four sides. " + RECORD["sentence"]
 RED = random_image(1)
 NOISE = [random_image(seed) for seed in (2, 3, 4)]
 
@@ -186,10 +188,10 @@ def test_text_that_fits_every_image_gets_one_half_and_a_bonus_of_the_text_cancel
 def test_contrast_within_a_group_is_a_distribution_over_distinct_answers_and_the_image_cancels():
     scores = torch.tensor([0.0, math.log(3), 0.0, math.log(4)])
     texts = ["a", "b", "a", "c"]
-    p = contrast_within_group(scores, texts)
+    p = contest(scores, texts)
     # "a" counts once
     assert p.tolist() == pytest.approx([1 / 8, 3 / 8, 1 / 8, 4 / 8])
-    torch.testing.assert_close(contrast_within_group(scores + 50, texts), p)
+    torch.testing.assert_close(contest(scores + 50, texts), p)
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +233,37 @@ def test_the_logit_is_scale_times_cosine_and_every_text_gets_that_of_its_image(c
     first, second = logits.exp()
     expected = torch.stack([first / first[:2].sum(), second / second.sum()])
     torch.testing.assert_close(clip(images, texts, "answers"), expected, atol=1e-5, rtol=0)
+
+
+def test_in_a_pool_the_hidden_text_and_other_hidden_texts_compete_with_the_group(clip):
+    hidden = ["large red circle", "small blue square", "red", "a big green cube"]
+    scorer = Reward({"visual": 1}, relative="pool", clip=clip, hidden=hidden)
+    answers = ["large blue circle", "large red circle", "large blue circle"]
+    completions = [[completion(answer) for answer in answers]]
+    pooled = scorer([RECORD], [RED], completions)["visual"][0]
+
+    # by hand: of the other hidden texts only one has three words
+    texts = ["large blue circle", "large red circle", "small blue square"]
+    logits = plain_logits(clip, [RED], [f"The top left holds a {text}." for text in texts])[0]
+    p = logits.exp() / logits.exp().sum()
+    torch.testing.assert_close(pooled, p[[0, 1, 0]], atol=1e-5, rtol=0)
+    # alone, two answers share all there is
+    scorer.relative = "answers"
+    alone = scorer([RECORD], [RED], completions)["visual"][0]
+    assert alone[:2].sum().item() == pytest.approx(1, abs=1e-5)
+    assert pooled[:2].sum().item() < 0.99
+
+
+def test_the_rivals_of_a_record_are_always_the_same_and_as_long_as_its_text():
+    hidden = {2: [f"a {i}" for i in range(9)], 3: ["large red circle", "the other one"]}
+    two_words = {"answer": "a 4", "masked_caption": "Here is [MASK]."}
+    rivals = rival_answers(two_words, hidden)
+    assert rivals[0] == "a 4" and len(set(rivals)) == 8 and set(rivals) <= set(hidden[2])
+    assert rival_answers(two_words, hidden) == rivals
+    # another place in the data, another draw
+    other = {**two_words, "masked_caption": "There is [MASK]."}
+    assert set(rival_answers(other, hidden)) != set(rivals)
+    assert rival_answers(RECORD, hidden) == ["large red circle", "the other one", *[None] * 6]
 
 
 # ---------------------------------------------------------------- the reward
@@ -334,9 +367,10 @@ TEXTS = st.lists(st.sampled_from(PIECES) | st.text(max_size=9), max_size=9).map(
 @given(
     st.lists(TEXTS | TEXTS.map(completion), min_size=2, max_size=4),
     st.sampled_from(["exact", "prefix", "rouge_l"]),
-    st.sampled_from(["images", "answers", "none"]),
+    st.sampled_from(["images", "answers", "pool", "none"]),
 )
 @example([completion("large red circle"), completion("large red circle")], "rouge_l", "answers")
+@example([completion("large red circle"), "no"], "rouge_l", "pool")
 def test_every_component_is_between_0_and_1_whatever_is_written(
     clip, completions, credit, relative
 ):

@@ -26,8 +26,8 @@ G = 4
 S = 30
 TARGETS = ["red thing", "large blue thing", "green one", "thing", "small red thing"]
 QUESTION = (
-    "{}\n\nThis caption of the image hides a part behind [MASK]. Look at the image and write the "
-    "part as <think>reasoning</think><answer>hidden text</answer>."
+    "{}\n\nFrom the image, write what [MASK] hides: <think>reasoning</think>"
+    "<answer>hidden text</answer>"
 )
 
 
@@ -229,7 +229,8 @@ class PlainGrpo:
         return result
 
     def brevity(self, answer, target):
-        n = len(re.findall(r"\w+(?:[.,:'’/&_-]\w+)*", answer))
+        # U+FFFD stands for bytes that are no character
+        n = len(re.findall(r"[\w\ufffd]+(?:[.,:'’/&_-][\w\ufffd]+)*", answer))
         if not 0 < n <= 2 * len(target) + 2:
             return 0.0
         return math.exp(1 - max(n, len(target)) / min(n, len(target)))
@@ -239,7 +240,14 @@ class PlainGrpo:
         image = Image.open(self.data / record["image"]).convert("RGB")
         filled = [a and record["sentence"].replace("[MASK]", a) for a in answers]
         scores = {text: self.clip_logit(image, text) for text in filled if text}
-        if self.args.relative == "answers":
+        if self.args.relative == "pool":
+            # there are fewer than seven others, so all of the same length take part
+            length = len(record["answer"].split())
+            for other in self.records:
+                if len(other["answer"].split()) == length:
+                    text = record["sentence"].replace("[MASK]", other["answer"])
+                    scores[text] = self.clip_logit(image, text)
+        if self.args.relative in ("answers", "pool"):
             total = sum(math.exp(score) for score in scores.values())
             return [text and math.exp(scores[text]) / total for text in filled]
         others = [Image.open(self.data / f"{i}.png").convert("RGB") for i in range(3)]
@@ -360,7 +368,7 @@ CASES = {
     "grpo": {"beta": 0.5, "updates": 2, "visual": 0.5},
     "dr_grpo": {"loss": "dr_grpo", "beta": 0.5, "updates": 2, "temperature": 1.3},
     "dapo": {"loss": "dapo", "clip_eps": (0.01, 0.03), "updates": 3, "relative": "images"},
-    "another seed": {"seed": 7, "semantic": 3.0, "beta": 0.3, "updates": 2},
+    "another seed": {"seed": 7, "semantic": 3.0, "beta": 0.3, "updates": 2, "relative": "pool"},
     "sft": {"temperature": 1.0},
 }
 
@@ -423,6 +431,7 @@ def weights(out):
 METRIC_FLAGS = {
     "--temperature 0.5": ("entropy", ""),
     "--seed 3": ("completion_tokens", ""),
+    "--relative pool": ("reward_visual reward", "reward_semantic entropy"),
     "--relative images": ("reward_visual reward", "reward_semantic entropy"),
     "--relative none": ("reward_visual reward", "reward_semantic entropy"),
     "--credit exact": ("reward_semantic reward", "reward_visual entropy"),
