@@ -17,6 +17,9 @@ how much the model relies on it. Each prediction has these metrics:
                     brevity penalty; always against the real image, whatever image the model was
                     shown
     format_ok       1 if the completion has the form <think>...</think><answer>...</answer>
+    prior_reliance  1 if the answer is the same with another image: what the model says without
+                    looking. It should fall, and needs no truth. Also for the masks whose hidden
+                    text is frequent in captions (in more of them than the median mask's), or rare
 
 exact_match compares with the caption, which may be wrong; toy_world.py knows the truth and measures
 against it too. Scores are percentages with a 95% bootstrap interval over captions, since masks of
@@ -29,8 +32,9 @@ paired. A .tsv is a benchmark of VLMEvalKit: see benchmarks/.
     torchrun --nproc_per_node 8 evaluate.py --model ... --data ... --out ...
 
 in:   JSONL of build_masks.py, or a .tsv
-out:  OUT/predictions.jsonl: {id, image, sentence, start, end, answer, condition, prediction, and
-      the metrics above}; if no other image is readable, there is no shuffled prediction
+out:  OUT/predictions.jsonl: {id, image, sentence, start, end, answer, frequency (captions that
+      hold the answer), condition, prediction, and the metrics above}; if no other image is
+      readable, there is no shuffled prediction
       OUT/results.json: {model, data, kind, records, written, skipped,
       real: {metric: {value, low, high, n, unparsed}}, blank, shuffled,
       gain_over_*: {metric: {value, low, high, n, verdict}}, compared: {condition: {metric: ...}}}
@@ -38,6 +42,7 @@ out:  OUT/predictions.jsonl: {id, image, sentence, start, end, answer, condition
 """
 
 import copy
+import statistics
 
 import torch
 from PIL import Image
@@ -45,7 +50,7 @@ from PIL import Image
 from benchmarks.registry import BENCHMARKS
 from benchmarks.run import BENCHMARK_CONDITIONS, run_benchmark
 from build_masks import read_masks
-from common.answers import exact_match
+from common.answers import brevity_penalty, exact_match
 from common.captions import image_root, load_image
 from common.clip import load_other_images
 from common.policy import Policy, generate
@@ -54,13 +59,13 @@ from common.records import BadRecord, fail, fingerprint
 from common.results import evaluate_records, mask_index, other_image, print_scores
 from common.stage import make_parser, parse, positive_int, run_script
 from common.stats import share
+from common.text import MASK, phrase_counts
 from common.vlm import chat_prompt, encode_prompt, load_vlm
 from report.results import write_results_page
 from reward import (
     FILL_PROMPT,
     ClipScorer,
     add_clip_flags,
-    brevity_penalty,
     fill,
     parse_completion,
     semantic_credit,
@@ -84,7 +89,7 @@ def images_by_condition(names, i, load):
 
 # ---------------------------------------------------------------- their metrics
 
-METRICS = ("exact_match", "prefix_credit", "rouge_l", "image_pmi", "format_ok")
+METRICS = ("exact_match", "prefix_credit", "rouge_l", "image_pmi", "format_ok", "prior_reliance")
 
 
 def text_metrics(record, prediction, tokenizer):
@@ -122,12 +127,28 @@ def image_pmi(clip, records, images, predictions):
     return (agreement * torch.tensor(penalties)).tolist()
 
 
+def same_answer(prediction, other):
+    """1 if two completions give the same readable answer."""
+    return exact_match(parse_completion(prediction) or "", parse_completion(other) or "")
+
+
 def score_masks(predictions):
     """Describes each metric as a score of common/stats.py, which takes the mean."""
     scores = {}
     for metric in METRICS:
-        if metric in predictions[0]:
-            scores[metric] = (100, [share(predictions, metric)], predictions)
+        measured = [p for p in predictions if metric in p]
+        if measured:
+            scores[metric] = (100, [share(measured, metric)], measured)
+
+    with_other = [p for p in predictions if "prior_reliance" in p]
+    if with_other:
+        median = statistics.median(p["frequency"] for p in with_other)
+        frequent = [p for p in with_other if p["frequency"] > median]
+        rare = [p for p in with_other if p["frequency"] <= median]
+        for name, part in (("frequent", frequent), ("rare", rare)):
+            if part:
+                ratio = share(part, "prior_reliance")
+                scores[f"prior_reliance, {name} text"] = (100, [ratio], part)
     return scores
 
 
@@ -141,7 +162,7 @@ class MaskEvaluator:
     """
 
     # fields of a record that stay with its predictions
-    KEPT = ("id", "image", "sentence", "start", "end", "answer")
+    KEPT = ("id", "image", "sentence", "start", "end", "answer", "frequency")
 
     def __init__(self, args, records, root, device):
         self.args = args
@@ -182,6 +203,10 @@ class MaskEvaluator:
                 predictions = self.predict(condition, [prepared[b] for b in present])
                 for b, prediction in zip(present, predictions):
                     outputs[b].append(prediction)
+
+        for real, *_, other in outputs:
+            if other["condition"] == "shuffled":
+                real["prior_reliance"] = same_answer(real["prediction"], other["prediction"])
         return outputs
 
     def predict(self, condition, prepared):
@@ -215,8 +240,11 @@ def evaluate_masks(args, root, rank, device):
             f"{args.data}: none of its records is a mask that can be used; it should be the output "
             "of build_masks.py"
         )
-    for place, record in enumerate(usable):
+    captions = {r["id"]: r["masked_caption"].replace(MASK, r["answer"]) for r in usable}
+    counts = phrase_counts([record["answer"] for record in usable], captions.values())
+    for place, (record, count) in enumerate(zip(usable, counts)):
         record["place"] = place
+        record["frequency"] = count
 
     def start():
         evaluator = MaskEvaluator(args, usable, root, device)

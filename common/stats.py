@@ -83,6 +83,9 @@ def mean_std(values):
 
 # ---------------------------------------------------------------- scores with intervals
 
+# the first words of scores that should fall
+LOWER_IS_BETTER = ("IK", "RM", "prior_reliance")
+
 
 def share(records, numerator="right", denominator=None):
     """One ratio of a score: [(unit, numerator, denominator), ...], an entry per record.
@@ -195,7 +198,7 @@ def paired_difference(score, mine, other):
 
     score: a function from records to scores as described at the top of this file. Only records
     whose index is in both take part, and both sides are resampled together. The verdict is "gain"
-    or "loss"; it is "noise" if the interval contains 0, or if there are fewer than ten units, for
+    or "loss" (of a score that should fall, the other way round); it is "noise" if the interval contains 0, or if there are fewer than ten units, for
     which resampling says nothing.
     """
     shared = {r["index"] for r in mine} & {r["index"] for r in other}
@@ -217,15 +220,16 @@ def paired_difference(score, mine, other):
             draws = my_draws - other_draws
             gain = confidence_interval(value, draws)
             gain["n"] = len({r["index"] for r in records})
-            gain["verdict"] = _verdict(value, draws, len({r["unit"] for r in records}))
+            units = len({r["unit"] for r in records})
+            gain["verdict"] = _verdict(value, draws, units, name.startswith(LOWER_IS_BETTER))
             results[name] = gain
     return results
 
 
-def _verdict(value, draws, units):
+def _verdict(value, draws, units, lower_is_better):
     if units < 10 or np.isnan(draws).all():
         return "noise"
     low, high = np.nanpercentile(draws, (2.5, 97.5))
     if low <= 0 <= high:
         return "noise"
-    return "gain" if value > 0 else "loss"
+    return "gain" if (value > 0) != lower_is_better else "loss"

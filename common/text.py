@@ -1,5 +1,6 @@
 """Sentences, words and tokens as character spans of a text."""
 
+import collections
 import re
 
 MASK = "[MASK]"
@@ -66,6 +67,28 @@ def _goes_on(text, start, end):
     if not following:
         return False
     return following.islower() or ABBREVIATION.search(text[start:end]) is not None
+
+
+def phrase_counts(phrases, texts):
+    """[number of texts that hold the phrase, for each of `phrases`]: whole words, any case.
+
+    'red circle' occurs in 'A Red circle.' and not in 'A red, a blue circle' or 'A red circlet'.
+    """
+    wanted = {tuple(words_of(phrase)) for phrase in phrases}
+    lengths = {len(phrase) for phrase in wanted}
+    counts = collections.Counter()
+    for text in texts:
+        words = words_of(text)
+        found = set()
+        for n in lengths:
+            found |= {tuple(words[i : i + n]) for i in range(len(words) - n + 1)} & wanted
+        counts.update(found)
+    return [counts[tuple(words_of(phrase))] for phrase in phrases]
+
+
+def words_of(text):
+    """The words of a text in one case: ['a', 'well-lit', 'room'] of 'A well-lit room.'"""
+    return [text[start:end].casefold() for start, end in split_words(text)]
 
 
 def tokens_in_span(span, offsets):

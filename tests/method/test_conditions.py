@@ -11,8 +11,8 @@ from tiny import random_image
 
 import evaluate
 from common.records import BadRecord, load_records
-from common.stats import bootstrap_ratios
-from evaluate import image_pmi, images_by_condition, score_masks, text_metrics
+from common.stats import bootstrap_ratios, paired_difference
+from evaluate import image_pmi, images_by_condition, same_answer, score_masks, text_metrics
 from reward import ClipScorer, Reward
 
 FAMILY = "qwen2_5_vl"
@@ -115,6 +115,45 @@ def test_scores_are_means_over_the_predictions_in_percent_and_image_pmi_only_if_
     assert bootstrap_ratios(score_masks(with_pmi))["image_pmi"][0] == 25
 
 
+def asked(answer, other, frequency, unit=None):
+    """A prediction, with the answer to the same mask over another image."""
+    prediction = {"unit": unit or answer, "index": unit or answer, "unparsed": False}
+    same = same_answer(completion(answer), completion(other))
+    return {**prediction, "prior_reliance": same, "frequency": frequency}
+
+
+def test_prior_reliance_is_the_share_of_answers_that_another_image_does_not_change():
+    predictions = [
+        asked("red circle", "Red  circle.", 9),
+        asked("a blue one", "a red one", 7),
+        asked("dog", "dog", 2),
+        asked("cat", "sun", 1, "u"),
+        asked("sea", "owl", 1, "v"),
+    ]
+    values = {
+        name: value for name, (value, _) in bootstrap_ratios(score_masks(predictions)).items()
+    }
+    # the median frequency is 2: two texts are frequent, three are not
+    assert values == pytest.approx(
+        {
+            "prior_reliance": 40,
+            "prior_reliance, frequent text": 50,
+            "prior_reliance, rare text": 100 / 3,
+        }
+    )
+    # without an answer there is nothing that could be the same
+    assert same_answer("red", "red") == 0
+    assert same_answer(completion("red"), "red") == 0
+
+
+def test_to_rely_less_on_the_prior_is_a_gain():
+    before = [asked(f"a{i}", f"a{i}", 1) for i in range(20)]
+    after = [asked(f"a{i}", "another", 1) for i in range(20)]
+    gain = paired_difference(score_masks, after, before)["prior_reliance"]
+    assert (gain["value"], gain["verdict"]) == (-100, "gain")
+    assert paired_difference(score_masks, before, after)["prior_reliance"]["verdict"] == "loss"
+
+
 # ---------------------------------------------------------------- the real script
 
 
@@ -151,3 +190,13 @@ def test_each_condition_answers_as_a_run_whose_real_images_are_those(stage, chec
     assert answers["images", "shuffled"] == answers["moved", "real"]
     distinct = {tuple(answers["images", c]) for c in evaluate.MASK_CONDITIONS}
     assert len(distinct) == 3
+
+    predictions = load_records(tmp_path / "out_images" / "predictions.jsonl")
+    by_condition = {}
+    for prediction in predictions:
+        by_condition.setdefault(prediction["condition"], []).append(prediction)
+    for real, shuffled in zip(by_condition["real"], by_condition["shuffled"]):
+        same = same_answer(real["prediction"], shuffled["prediction"])
+        assert real["prior_reliance"] == same and "prior_reliance" not in shuffled
+        # "It is a dog." holds "dog", and no other caption does
+        assert real["frequency"] == 1

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from texts import TEXTS
 from transformers import AutoProcessor
 
-from common.text import split_sentences, split_words, tokens_in_span
+from common.text import phrase_counts, split_sentences, split_words, tokens_in_span
 
 
 def cut(text, spans):
@@ -125,3 +125,9 @@ def test_every_word_and_sentence_gets_its_tokens_from_a_real_tokenizer(tokenizer
         assert inside == list(range(inside[0], inside[-1] + 1))
         first_start, first_end = offsets[inside[0]]
         assert first_start <= span[0] < first_end
+
+
+def test_phrases_are_counted_in_whole_words_and_once_per_text():
+    texts = ["A Red circle. A red circle!", "A red, a blue circle.", "red circlet", "红色圆形"]
+    phrases = ["red circle", "red", "circle", "色圆", "green"]
+    assert phrase_counts(phrases, texts) == [1, 3, 2, 1, 0]
