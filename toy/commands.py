@@ -1,8 +1,9 @@
-"""Commands of the stages: a recipe, and the flags that differ from it; run in turn, or as jobs."""
+"""Commands of the stages: a recipe, and the flags that differ from it; run as processes, or jobs."""
 
+import multiprocessing
 import os
+import runpy
 import shlex
-import subprocess
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.ranks import die_with_parent
-from common.records import open_for_writing
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,15 +43,49 @@ def recipe_command(script, recipe, *arguments):
     return command
 
 
-def run_command(command, **options):
-    """Runs a script of this repository from any folder; subprocess.run()'s result."""
+# ---------------------------------------------------------------- processes
+
+# imported once, by a server of which every process is a copy: importing them takes six seconds
+PRELOAD = ["build_masks", "evaluate", "grpo_train", "score_dependency", "toy.pieces"]
+
+
+def start(command, log, heading):
+    """Starts a script of this repository, from any folder, in a process of its own.
+
+    log: the file that gets the heading and what the script prints, or None for this process's own
+    output. The process has one thread: with models this small, two processes side by side do more
+    than two threads in turn, threads that wait for each other can take ten times as long, and sums
+    are rounded alike on every machine. OMP_NUM_THREADS overrides it.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    method = "forkserver"
+    if method not in multiprocessing.get_all_start_methods():
+        method = "spawn"
+    context = multiprocessing.get_context(method)
+    context.set_forkserver_preload(PRELOAD)
+    sys.stdout.flush()
+    process = context.Process(target=run_here, args=(command, log, heading, os.getcwd()))
+    process.start()
+    return process
+
+
+def run_here(command, log, heading, folder):
+    """Runs a script in this process, as Python would: python script arguments."""
+    die_with_parent()
+    os.chdir(folder)
+    if log is not None:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, sys.stdout.fileno())
+        os.dup2(descriptor, sys.stderr.fileno())
+    print(heading, flush=True)
+
     script, *arguments = command
-    words = [sys.executable, str(ROOT / script)]
+    sys.argv = [str(ROOT / script)]
     for argument in arguments:
         if argument.startswith("@"):
             argument = f"@{ROOT / argument[1:]}"
-        words.append(argument)
-    return subprocess.run(words, **options)
+        sys.argv.append(argument)
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 # ---------------------------------------------------------------- jobs
@@ -76,8 +110,6 @@ def run_jobs(jobs, folder, workers=2):
     logs.mkdir(parents=True, exist_ok=True)
     missing = sum(not Path(job.written).exists() for job in jobs)
     print(f"{len(jobs) - missing} of {len(jobs)} jobs are done", flush=True)
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
 
     by_name = {job.name: job for job in jobs}
     order = TopologicalSorter({job.name: job.needs for job in jobs})
@@ -89,7 +121,7 @@ def run_jobs(jobs, folder, workers=2):
     try:
         while order.is_active():
             for name in order.get_ready():
-                future = pool.submit(run_job, by_name[name], failed, logs, environment)
+                future = pool.submit(run_job, by_name[name], failed, logs)
                 running[future] = name
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 name = running.pop(future)
@@ -106,7 +138,7 @@ def run_jobs(jobs, folder, workers=2):
     return failed
 
 
-def run_job(job, failed, logs, environment):
+def run_job(job, failed, logs):
     """Runs one job, unless its result exists or a job that it needs has failed.
 
     Returns (the reason of a failure or None, what to print or None).
@@ -121,19 +153,12 @@ def run_job(job, failed, logs, environment):
     log = logs / f"{job.name.replace(' ', '-')}.txt"
     began = time.time()
     try:
-        with open_for_writing(log) as output:
-            output.write(f"$ python {shlex.join(job.command)}\n")
-            output.flush()
-            result = run_command(
-                job.command,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                preexec_fn=die_with_parent,
-            )
+        log.unlink(missing_ok=True)
+        process = start(job.command, log, f"$ python {shlex.join(job.command)}")
+        process.join()
     except OSError as error:
         return str(error), f"FAILED: {error}"
-    if result.returncode or not Path(job.written).exists():
-        reason = f"exit status {result.returncode}, see {log}"
+    if process.exitcode or not Path(job.written).exists():
+        reason = f"exit status {process.exitcode}, see {log}"
         return reason, f"FAILED: {reason}"
     return None, f"{time.time() - began:7.1f} s"

@@ -14,8 +14,8 @@ RULES = ("position", "density", "otsu", "mean", "gap", "quantile:0.5")
 
 
 def sentence_at(truth, start, end):
-    """The true sentence around the middle of [start, end): a splitter may differ by a character."""
-    return min(truth["sentences"], key=lambda s: abs(s["start"] + s["end"] - start - end))
+    """The true sentence that shares most characters with [start, end)."""
+    return max(truth["sentences"], key=lambda s: min(s["end"], end) - max(s["start"], start))
 
 
 def words_in(sentence, start, end):
@@ -173,6 +173,11 @@ def hides_unusual_colour(mask, thing):
     if thing is None or thing["colour"] == thing["stereotype"]:
         return False
     return bool(set(re.findall(r"\w+", mask["answer"])) & set(COLOURS))
+
+
+def prior_reliance(predictions):
+    """The share of answers that are the same with another image (evaluate.py); needs no truth."""
+    return mean([p["prior_reliance"] for p in predictions if "prior_reliance" in p])
 
 
 def prediction_metrics(predictions, truth):

@@ -4,7 +4,7 @@ import json
 
 from common.records import write_atomically
 from toy.probes import Probe
-from toy.questions import clip_metrics
+from toy.questions import clip_metrics, write_benchmark
 from toy.training import accelerator, teach_questions, train_on_world
 from toy.world import make_world
 
@@ -13,7 +13,9 @@ def run_piece(out, bias, seed, name, *arguments):
     """Runs one piece in the world `out` (for questions: in the world out.parent).
 
     world TRAIN VAL           draws so many images
-    base STEPS, clip STEPS    trains the base, or CLIP and then asks it (teacher.json)
+    base STEPS, clip STEPS    trains the base, or CLIP
+    benchmark                 writes val.tsv, multiple choice about the painted colours
+    teacher                   asks CLIP about the colours of held-out images (teacher.json)
     questions STEPS MODEL     tunes a checkpoint on questions and saves it as `out`
     probe FILE MODEL LIMIT    layers and patches of a checkpoint of the world, on LIMIT masks
     robustness FILE MODEL LIMIT
@@ -33,11 +35,14 @@ def run_piece(out, bias, seed, name, *arguments):
         n_train, n_val = arguments
         make_world(out, int(n_train), int(n_val), bias, seed)
     elif name in ("base", "clip"):
-        # a kill may have come between the training of CLIP and its questions
-        if not (out / name).exists():
+        if (out / name).exists():
+            print(f"reused {out / name}")
+        else:
             train_on_world(out, name, int(arguments[0]), seed, device)
-        if name == "clip":
-            write_atomically(out / "teacher.json", [json.dumps(clip_metrics(out))])
+    elif name == "benchmark":
+        write_benchmark(out)
+    elif name == "teacher":
+        write_atomically(out / "teacher.json", [json.dumps(clip_metrics(out))])
     else:
         file, checkpoint, limit = arguments
         probe = Probe(out, checkpoint, int(limit), device)

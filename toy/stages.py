@@ -10,17 +10,15 @@ class Size(NamedTuple):
 
     n_train: int = 12000
     n_val: int = 300
-    base_steps: int = 850
-    clip_steps: int = 700
-    scored: int = 1500
-    updates: int = 150
+    base_steps: int = 700
+    clip_steps: int = 400
+    scored: int = 1200
+    updates: int = 100
     judged: int | None = None
-    question_steps: int = 100
-    asked: int = 150
 
 
 FULL = Size()
-SMALL = Size(300, 40, 60, 20, 100, 4, 40, 4, 8)
+SMALL = Size(n_train=300, n_val=40, base_steps=40, clip_steps=20, scored=100, updates=4, judged=40)
 
 
 class Stage(NamedTuple):
@@ -33,41 +31,52 @@ class Stage(NamedTuple):
 
 
 ABOUT = {
-    "score": "Stage 1. Which sentences of the {} captions need the image?",
-    "mask": "Stage 2. Hide what needs the image, in the {} captions.",
+    "base": "The model to be trained: it learns to caption images and to fill in hidden words.",
+    "clip": "CLIP, the judge of the visual reward: it learns which sentence belongs to which image.",
+    "score train": "Stage 1. Which sentences of the training captions need the image?",
+    "score val": "The same for the held-out captions.",
+    "mask train": "Stage 2. Hide what needs the image, in the training captions.",
+    "mask val": "The same in the held-out captions.",
     "train sft": "The baseline: imitate the hidden text, lies included (SFT).",
     "train mmrpt": "Stages 3 and 4. Reward answers that fit the image, and train on that by GRPO.",
-    "evaluate": "Stage 5. The {} model fills held-out masks, seeing the image, a grey one, or another image.",
-    "teach": "A short tuning of the {} model on multiple-choice questions, which it has never seen.",
-    "ask": "Multiple-choice questions about held-out images, put to the {} model.",
+    "evaluate base": "Stage 5. The base fills held-out masks, seeing the image, a grey one, or another.",
+    "evaluate sft": "The same for the model trained by SFT.",
+    "evaluate mmrpt": "The same for the model trained by MMRPT.",
 }
 
 
-IN_WORDS = {"train": "training", "val": "held-out", "sft": "SFT", "mmrpt": "MMRPT"}
-
-
-def about(name):
-    """What a stage does, for people who read the output."""
-    kind, _, which = name.partition(" ")
-    return ABOUT.get(name, ABOUT.get(kind, "")).format(IN_WORDS.get(which, which))
-
-
 def stages(out, seed, size):
-    """Every stage in the world `out`, in order."""
+    """Every stage in the world `out`: a list of steps, each a list of lanes of stages in order.
+
+    The lanes of a step run side by side, one process each.
+    """
+    base, clip = model_stages(out, seed, size)
+    score = score_stages(out, size)
+    mask = mask_stages(out, seed)
+    sft, mmrpt = train_stages(out, seed, size)
+    evaluate_base, evaluate_sft, evaluate_mmrpt = evaluate_stages(out, size)
     return [
-        *score_stages(out, size),
-        *mask_stages(out, seed),
-        *train_stages(out, seed, size),
-        *evaluate_stages(out, size),
-        *question_stages(out, seed, size),
+        [[base], [clip]],
+        [[stage] for stage in score],
+        [[stage] for stage in mask],
+        [[mmrpt], [sft, evaluate_base, evaluate_sft]],
+        [[evaluate_mmrpt]],
     ]
+
+
+def model_stages(out, seed, size):
+    """Training of the base and of CLIP, by toy/training.py."""
+    for name, steps in (("base", size.base_steps), ("clip", size.clip_steps)):
+        command = ["toy_world.py", "--piece", name, str(steps)]
+        command += ["--seed", str(seed), "--out", f"{out}"]
+        yield Stage(name, f"{out}/{name}", command, ABOUT[name])
 
 
 def stage(name, script, recipe, written, *arguments):
     """A Stage that runs `script` with a recipe and what differs from it."""
     recipe = f"recipes/toy/{recipe}.txt"
     command = recipe_command(script, recipe, *arguments, "--out", written)
-    return Stage(name, written, command, about(name))
+    return Stage(name, written, command, ABOUT[name])
 
 
 def score_stages(out, size):
@@ -133,26 +142,5 @@ def evaluate_stages(out, size):
             *("--data", f"{out}/masks_val.jsonl"),
             *("--clip", f"{out}/clip"),
             *limit,
-            *compare,
-        )
-
-
-def question_stages(out, seed, size):
-    """A short tuning on questions, which the toy's models have never seen, and then val.tsv."""
-    for name in ("base", "mmrpt"):
-        written = f"{out}/questions_{name}"
-        command = ["toy_world.py", "--piece", "questions", str(size.question_steps)]
-        command += [checkpoint(out, name, size), "--seed", str(seed), "--out", written]
-        yield Stage(f"teach {name}", written, command, about(f"teach {name}"))
-    for name in ("base", "mmrpt"):
-        compare = () if name == "base" else ("--compare", f"{out}/asked_base")
-        yield stage(
-            f"ask {name}",
-            "evaluate.py",
-            "questions",
-            f"{out}/asked_{name}",
-            *("--model", f"{out}/questions_{name}"),
-            *("--data", f"{out}/val.tsv"),
-            *("--limit", size.asked),
             *compare,
         )

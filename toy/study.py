@@ -12,6 +12,8 @@ What OUT/study.json holds, every number as {values (one per seed), mean, std}:
                         reliance_*, those less the ones with another record's image. clip is no
                         policy but the teacher: the colours that it chooses for objects not painted
                         in their stereotype colour
+    prior_reliance      its rank correlation with the stereotype rate over the arms of a world
+    questions           scores on val.tsv of base and MMRPT, after a short tuning on questions
     masks               the same by what a policy was trained on, and by the kind of masks that it
                         is judged on
     dependency, rules   what the scores of stage 1 find, and what the masks of each rule hit
@@ -28,9 +30,9 @@ import collections
 import json
 
 from common.records import check_settings, fail, load_records, write_json
-from common.stats import mean_std
+from common.stats import mean_std, spearman
 from toy.commands import run_jobs
-from toy.metrics import dependency_metrics, prediction_metrics, rule_metrics
+from toy.metrics import dependency_metrics, prediction_metrics, prior_reliance, rule_metrics
 from toy.study_jobs import ARMS, BIASES, MASK_KINDS, SIZES, study_jobs
 from toy.study_page import print_means, write_study_page
 from toy.world import load_truth
@@ -68,11 +70,19 @@ def arm_metrics(folder, truth):
     result = dict(metrics["real"])
     for name, value in metrics["real"].items():
         result[f"reliance_{name}"] = value - metrics["shuffled"][name]
+    result["prior_reliance"] = prior_reliance(predictions)
     return result
 
 
+def prior_vs_stereotype(arms):
+    """Does prior_reliance, which knows no truth, rank the arms as the stereotype rate does?"""
+    prior = [metrics["prior_reliance"] for metrics in arms.values()]
+    stereotype = [metrics["stereotype_rate"] for metrics in arms.values()]
+    return {"rank_correlation": spearman(prior, stereotype)}
+
+
 def world_results(folder):
-    """What the files of one world say: {arms, masks, dependency, rules, probe, robustness}.
+    """What the files of one world say, as study.json holds it for all.
 
     A part whose file is missing is left out.
     """
@@ -85,6 +95,8 @@ def world_results(folder):
         metrics = arm_metrics(folder / f"eval_{name}", truth)
         if metrics:
             results["arms"][name] = metrics
+    if "arms" in results:
+        results["prior_reliance"] = prior_vs_stereotype(results["arms"])
     if (folder / "teacher.json").exists():
         results["arms"]["clip"] = json.loads((folder / "teacher.json").read_text())
 
@@ -102,6 +114,13 @@ def world_results(folder):
         scores = load_records(folder / "scores_val.jsonl")
         results["dependency"] = dependency_metrics(scores, truth)
         results["rules"] = rule_metrics(scores, truth)
+    for name in ("base", "mmrpt"):
+        path = folder / f"asked_{name}" / "results.json"
+        if path.exists():
+            scores = json.loads(path.read_text())["real"]
+            results["questions"][name] = {
+                k: scores[k]["value"] / 100 for k in ("accuracy", "circular")
+            }
     for path in sorted([*folder.glob("probe_*.json"), *folder.glob("robustness_*.json")]):
         kind, _, name = path.stem.partition("_")
         results[kind][name] = json.loads(path.read_text())

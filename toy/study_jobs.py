@@ -23,20 +23,30 @@ ARMS = {
     "prefix": Arm(train=("--credit", "prefix", "--reward", "semantic=1")),
     "semantic": Arm(train=("--reward", "semantic=1")),
     "visual": Arm(train=("--reward", "visual=1.5")),
+    "pool": Arm(train=("--relative", "pool")),
     "relative_images": Arm(train=("--relative", "images")),
     "relative_none": Arm(train=("--relative", "none")),
     "dr_grpo": Arm(train=("--loss", "dr_grpo")),
     "dapo": Arm(train=("--loss", "dapo", "--clip-eps", "0.2", "0.28")),
 }
-# besides 0.5, that of the arms; the ends first, if time is short
-BIASES = (0.0, 0.8, 0.2)
+# as many completions per update as the others
+GROUPS_OF_16 = Arm(train=("--group-size", "16", "--prompts-per-step", "12"))
+# besides 0.5, that of the arms
+BIASES = (0.0, 0.8)
+# at 0.8 the base seldom names the painted colour: what gives reinforcement something to pick?
+BIAS_ARMS = {
+    "sft": ARMS["sft"],
+    "mmrpt": ARMS["mmrpt"],
+    "pool": ARMS["pool"],
+    "groups_of_16": GROUPS_OF_16,
+}
 # of masks, besides the default spans
 MASK_KINDS = ("random", "sentence")
 
 
 class Size(NamedTuple):
     """images to train on and held out; steps of base and CLIP; captions scored; updates and prompts
-    per update; masks judged"""
+    per update; masks judged; steps of the question tuning"""
 
     n_train: int
     n_val: int
@@ -46,11 +56,12 @@ class Size(NamedTuple):
     updates: int
     prompts: int
     judged: int
+    question_steps: int
 
 
 SIZES = {
-    "full": Size(12000, 300, 850, 700, 1500, 50, 32, 400),
-    "small": Size(120, 16, 6, 4, 16, 2, 2, 8),
+    "full": Size(12000, 300, 700, 400, 1200, 50, 24, 400, 100),
+    "small": Size(120, 16, 6, 4, 16, 2, 2, 8, 2),
 }
 
 
@@ -83,9 +94,16 @@ class WorldJobs:
 
     def add_scoring(self, split, *flags):
         out = f"scores_{split}.jsonl"
-        command = ["score_dependency.py", "--model", f"{self.folder}/base"]
-        command += ["--data", f"{self.folder}/{split}.jsonl", *flags]
-        self.add(f"score {split}", ["base"], out, [*command, "--out", f"{self.folder}/{out}"])
+        command = recipe_command(
+            "score_dependency.py",
+            "recipes/toy/score.txt",
+            *("--model", f"{self.folder}/base"),
+            *("--data", f"{self.folder}/{split}.jsonl"),
+            *("--out", f"{self.folder}/{out}"),
+            *("--limit", self.size.scored),
+            *flags,
+        )
+        self.add(f"score {split}", ["base"], out, command)
 
     def add_masking(self, kind, split, *flags):
         out = f"masks_{kind}.jsonl"
@@ -99,8 +117,11 @@ class WorldJobs:
         )
         self.add(f"mask {kind}", [f"score {split}"], out, command)
 
-    def add_training(self, name, model, kind, flags, needs=()):
-        """flags beat those of the recipe; masks of `kind`, and CLIP, are needed besides `needs`."""
+    def add_training(self, name, model, kind, flags, needs=(), written=None):
+        """flags beat those of the recipe; masks of `kind`, and CLIP, are needed besides `needs`.
+
+        written: the last checkpoint, where flags say another number of steps.
+        """
         command = recipe_command(
             "grpo_train.py",
             "recipes/toy/train.txt",
@@ -115,7 +136,7 @@ class WorldJobs:
             *flags,
         )
         needs = ["clip", f"mask {kind}", *needs]
-        self.add(f"train {name}", needs, f"{name}/{self.last}", command)
+        self.add(f"train {name}", needs, written or f"{name}/{self.last}", command)
 
     def add_evaluation(self, name, model, needs=(), masks="val"):
         label = name
@@ -137,26 +158,40 @@ class WorldJobs:
 def world_jobs(folder, seed, bias, size, arms, full):
     """The jobs of the world in `folder`; full: also masks of other kinds, probes, robustness."""
     world = WorldJobs(folder, seed, bias, size)
-    n_train, n_val, base_steps, clip_steps, scored, *_ = world.size
+    n_train, n_val, base_steps, clip_steps, *_ = world.size
     world.add_piece("world", [], "truth.jsonl", "world", n_train, n_val)
     world.add_piece("base", ["world"], "base", "base", base_steps)
-    # clip/, and then what it knows
-    world.add_piece("clip", ["world"], "teacher.json", "clip", clip_steps)
+    world.add_piece("clip", ["world"], "clip", "clip", clip_steps)
+    world.add_piece("teacher", ["clip"], "teacher.json", "teacher")
     world.add_scoring("val", "--ablation")
-    world.add_scoring("train", "--limit", scored)
+    world.add_scoring("train")
     # the default masks: they judge every arm
     world.add_masking("val", "val")
     world.add_evaluation("base", "base")
-    for name, arm in ARMS.items():
-        if name in arms:
-            kind = arm.mask[-1] if arm.mask else "train"
-            world.add_masking(kind, "train", *arm.mask)
-            world.add_training(name, "base", kind, arm.train)
-            world.add_evaluation(name, f"{name}/{world.last}", [f"train {name}"])
+    for name, arm in arms.items():
+        kind = arm.mask[-1] if arm.mask else "train"
+        world.add_masking(kind, "train", *arm.mask)
+        world.add_training(name, "base", kind, arm.train)
+        world.add_evaluation(name, f"{name}/{world.last}", [f"train {name}"])
+    if bias == max(BIASES):
+        add_hot_start(world)
     if full:
         add_other_masks(world)
         add_probes(world)
+        add_questions(world)
     return list(world.jobs.values())
+
+
+def add_hot_start(world):
+    """MMRPT whose first 40% of the updates sample at a higher temperature."""
+    first = 2 * world.size.updates // 5
+    flags = ("--steps", first, "--temperature", 1.5)
+    world.add_training("hot", "base", "train", flags, written=f"hot/checkpoint-{first}")
+    flags = ("--steps", world.size.updates - first)
+    last = f"hot_start/checkpoint-{world.size.updates - first}"
+    model = f"hot/checkpoint-{first}"
+    world.add_training("hot_start", model, "train", flags, ["train hot"], written=last)
+    world.add_evaluation("hot_start", last, ["train hot_start"])
 
 
 def add_other_masks(world):
@@ -187,6 +222,26 @@ def add_probes(world):
         world.add_piece(f"robustness {name}", needs, out, *arguments)
 
 
+def add_questions(world):
+    """A short tuning on multiple choice, which no model of the toy has seen, and then val.tsv."""
+    world.add_piece("benchmark", ["world"], "val.tsv", "benchmark")
+    for name, need in (("base", "base"), ("mmrpt", "train mmrpt")):
+        model = "base" if name == "base" else f"{name}/{world.last}"
+        written = f"{world.folder}/questions_{name}"
+        command = ["toy_world.py", "--piece", "questions", world.size.question_steps]
+        command += [f"{world.folder}/{model}", "--seed", world.seed, "--out", written]
+        world.add(f"teach {name}", [need], f"questions_{name}", command)
+        command = recipe_command(
+            "evaluate.py",
+            "recipes/toy/questions.txt",
+            *("--model", written),
+            *("--data", f"{world.folder}/val.tsv"),
+            *("--out", f"{world.folder}/asked_{name}"),
+        )
+        needs = ["benchmark", f"teach {name}"]
+        world.add(f"ask {name}", needs, f"asked_{name}/results.json", command)
+
+
 def study_jobs(out, seeds, small):
     """world_jobs() of the whole study: every arm in the world of each seed, then other biases."""
     size = "full"
@@ -200,5 +255,5 @@ def study_jobs(out, seeds, small):
     for bias in biases:
         for seed in seeds:
             folder = f"{out}/bias{bias}-seed{seed}"
-            jobs += world_jobs(folder, seed, bias, size, ("sft", "mmrpt"), full=False)
+            jobs += world_jobs(folder, seed, bias, size, BIAS_ARMS, full=False)
     return jobs

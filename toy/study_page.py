@@ -12,7 +12,7 @@ from toy.world import load_world_image
 
 TRUTH = "exact_match_truth"
 STEREOTYPE_RATE = "stereotype_rate"
-ARM_SCORES = (TRUTH, STEREOTYPE_RATE, "reliance_exact_match_truth")
+ARM_SCORES = (TRUTH, STEREOTYPE_RATE, "reliance_exact_match_truth", "prior_reliance")
 MASK_SCORES = ("mask_precision", "mask_recall", "f1", "word_precision", "word_recall")
 LAYER_SCORES = (
     "dependency_auroc",
@@ -24,6 +24,10 @@ PRINTED = {
     TRUTH: "exact match truth",
     STEREOTYPE_RATE: "stereotype rate",
     "reliance_exact_match_truth": "reliance",
+    "prior_reliance": "prior reliance",
+    "rank_correlation": "rank correlation",
+    "accuracy": "accuracy",
+    "circular": "circular",
     "dependency_auroc": "AUROC published",
     "dependency_auroc_corrected": "AUROC corrected",
     "ablation_auroc": "AUROC ablation",

@@ -92,28 +92,30 @@ def shuffled_batches(n, batch_size, rng):
 # ---------------------------------------------------------------- the base model
 
 
-def train_base(out, records, images, steps, batch_size, lr, seed, device):
-    """Trains the base on captions, then on fill-in as well, and saves it as an ordinary checkpoint.
+def train_base(out, records, images, steps, batch_size, lr, muon_lr, seed, device):
+    """Trains the base to caption and to fill in, and saves it as an ordinary checkpoint.
 
-    Filling in stands for the instruction tuning that a real model has had. The loss is that of the
-    responses only.
+    Filling in stands for the instruction tuning that a real model has had. What teaches the model
+    to see are the words of the captions, which stand behind the image in every fill-in prompt: so
+    the prompt's text counts as well, twice as much as the response. Without it the same number of
+    steps gives a quarter of the exact matches.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
     processor = make_processor([record["caption"] for record in records])
     model = make_base(processor.tokenizer).to(device)
-    steps_done = itertools.count()
 
     def loss_of(indices):
+        chosen = [images[i] for i in indices]
         captions = [records[i]["caption"] for i in indices]
-        pairs = [(CAPTION_PROMPT, caption) for caption in captions]
-        # captions first: each of their tokens teaches the model to see
-        if next(steps_done) > 0.35 * steps and rng.random() < 0.9:
-            pairs = [fill_pair(fill_example(rng, caption)) for caption in captions]
-        return response_loss(model, processor, pairs, [images[i] for i in indices])
+        if rng.random() < 0.15:
+            pairs = [(CAPTION_PROMPT, caption) for caption in captions]
+            return response_loss(model, processor, pairs, chosen)
+        pairs = [fill_pair(fill_example(rng, caption)) for caption in captions]
+        return response_loss(model, processor, pairs, chosen, prompt_weight=2)
 
-    desc = "base: captions, then fill-in"
-    fit(model, loss_of, len(records), steps, batch_size, lr, seed, desc, 3e-3)
+    desc = "base: captions and fill-in"
+    fit(model, loss_of, len(records), steps, batch_size, lr, seed, desc, muon_lr)
     save_checkpoint(model, processor, out)
 
 
@@ -150,17 +152,25 @@ def fill_pair(record):
     return prompt, target_completion(record)
 
 
-def response_loss(model, processor, pairs, images):
-    """Cross-entropy, in nats per token, of the responses of (prompt, response) pairs."""
+def response_loss(model, processor, pairs, images, prompt_weight=0):
+    """Cross-entropy, in nats per token, of the responses of (prompt, response) pairs.
+
+    prompt_weight: of that of the prompt's text behind the image, which is added.
+    """
     prompts = [chat_prompt(processor, prompt) for prompt, _ in pairs]
     batch = encode_prompts(model, processor, prompts, [[image] for image in images])
     responses = [response for _, response in pairs]
     eos = processor.tokenizer.eos_token_id
     ids, mask, _ = encode_responses(processor, responses, model.device, eos)  # (B, S)
+    is_image = batch["input_ids"] == model.config.image_token_id
+    is_text = (is_image.cumsum(1) == is_image.sum(1, keepdim=True)) & ~is_image  # (B, P)
+    weights = [prompt_weight * is_text / is_text.sum(), mask / mask.sum()]
+    weights = torch.cat(weights, 1)  # (B, P + S)
+
     batch = append_responses(batch, ids, mask)
-    logits = model(**batch, logits_to_keep=ids.shape[1] + 1, use_cache=False).logits
-    logps = token_logps(logits[:, :-1], ids)  # (B, S)
-    return -(logps * mask).sum() / mask.sum()
+    logits = model(**batch, use_cache=False).logits
+    logps = token_logps(logits[:, :-1], batch["input_ids"][:, 1:])
+    return -(logps * weights[:, 1:]).sum()
 
 
 def save_checkpoint(model, processor, out):
@@ -266,6 +276,6 @@ def train_on_world(world, name, steps, seed, device):
     bar = tqdm(records, desc="reading images", leave=False)
     images = [load_world_image(world, record["image"]) for record in bar]
     if name == "base":
-        train_base(world / name, records, images, steps, 32, 2e-3, seed, device)
+        train_base(world / name, records, images, steps, 16, 3e-3, 4e-3, seed, device)
     else:
         train_clip(world / name, records, images, steps, 128, 2e-3, seed, device)

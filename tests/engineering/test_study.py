@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from toy_example import TRUTH, prediction
 from common.stage import make_parser
 from toy import commands, pieces, questions, study
 from toy.commands import Job, group_flags, recipe_command, run_jobs
-from toy.study import aggregate, world_results
+from toy.study import aggregate, prior_vs_stereotype, world_results
 from toy.study_jobs import ARMS, SIZES, study_jobs
 from toy.study_page import transpose
 from toy.world import make_world
@@ -42,8 +43,8 @@ def test_arms_are_judged_by_the_truth_and_by_what_a_shuffled_image_leaves(tmp_pa
     (tmp_path / "eval_mmrpt").mkdir()
     (tmp_path / "truth.jsonl").write_text(json.dumps({"id": "x", **TRUTH["x"]}))
     predictions = [
-        {**prediction("large blue circle"), "condition": "real"},
-        {**prediction("large blue circle"), "condition": "real"},
+        {**prediction("large blue circle"), "condition": "real", "prior_reliance": 1.0},
+        {**prediction("large blue circle"), "condition": "real", "prior_reliance": 0.0},
         {**prediction("large blue circle"), "condition": "shuffled"},
         {**prediction("small red star"), "condition": "shuffled"},
     ]
@@ -56,8 +57,12 @@ def test_arms_are_judged_by_the_truth_and_by_what_a_shuffled_image_leaves(tmp_pa
         "reliance_exact_match_truth": 0.5,
         "reliance_stereotype_rate": -0.5,
         "reliance_exact_match_caption": 0,
+        "prior_reliance": 0.5,
     }
-    assert world_results(tmp_path) == {"arms": {"mmrpt": expected}}
+    results = world_results(tmp_path)
+    assert results["arms"] == {"mmrpt": expected}
+    # one arm has no rank
+    assert math.isnan(results["prior_reliance"]["rank_correlation"])
 
     (tmp_path / "teacher.json").write_text('{"exact_match_truth": 0.9}')
     assert list(world_results(tmp_path)["arms"]) == ["mmrpt", "clip"]
@@ -92,9 +97,18 @@ def test_the_teacher_is_asked_about_what_is_not_painted_in_its_stereotype(tmp_pa
 def test_a_kill_between_clip_and_what_it_knows_costs_no_second_clip(tmp_path, monkeypatch):
     (tmp_path / "clip").mkdir()
     monkeypatch.setattr(pieces, "train_on_world", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr(pieces, "clip_metrics", lambda out: {"exact_match_truth": 1.0})
     pieces.run_piece(tmp_path, 0.5, 0, "clip", "700")
+    monkeypatch.setattr(pieces, "clip_metrics", lambda out: {"exact_match_truth": 1.0})
+    pieces.run_piece(tmp_path, 0.5, 0, "teacher")
     assert json.loads((tmp_path / "teacher.json").read_text()) == {"exact_match_truth": 1.0}
+
+
+def test_prior_reliance_is_compared_with_the_stereotype_rate_over_the_arms():
+    arms = {}
+    for name, prior, stereotype in (("base", 0.3, 0.5), ("sft", 0.4, 0.4), ("mmrpt", 0.1, 0.1)):
+        arms[name] = {"prior_reliance": prior, "stereotype_rate": stereotype}
+    # ranks 2 3 1 and 3 2 1
+    assert prior_vs_stereotype(arms)["rank_correlation"] == pytest.approx(0.5)
 
 
 # ---------------------------------------------------------------- commands

@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 import toy_world
 from benchmarks.tsv import load_images, read_tsv
 from toy import stages as toy_stages
+from toy.lanes import Clock
 from toy.questions import write_benchmark
 from toy.stages import FULL, SMALL, Stage, stages
 from toy.world import COLOURS, building, load_truth, make_world
@@ -28,23 +30,115 @@ def test_a_world_with_other_settings_is_refused_in_one_line(tmp_path):
     assert "Traceback" not in run.stderr
 
 
-def test_a_stage_that_fails_is_named_in_one_line(capfd):
-    command = ["build_masks.py", "--scores", "no/such/file", "--out", "no/such/masks"]
-    with pytest.raises(SystemExit, match="the stage 'mask train' failed with exit status 1"):
-        toy_world.run_stage(Stage("mask train", "no/such/masks", command, ""))
-    printed = capfd.readouterr()
-    assert "$ python build_masks.py --scores no/such/file" in printed.out
-    assert "no/such/file: no such file" in printed.err
-    assert "Traceback" not in printed.err
+# stages that note when they ran, and print; the name says what becomes of them
+SCRIPT = """import pathlib, sys, time
+path, seconds = sys.argv[1:]
+began = time.time()
+print("working on", path)
+for i in range(3):
+    print(f"\\r{i} of 3", end="", file=sys.stderr)
+    time.sleep(float(seconds) / 3)
+print("\\r      \\r", end="", file=sys.stderr)
+if "bad" in path:
+    sys.exit("no luck")
+pathlib.Path(path).write_text(f"{began} {time.time()}")
+"""
+RUN = """import json, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+from toy import commands
+commands.PRELOAD = []
+from toy.lanes import Clock, run_step
+from toy.stages import Stage
+folder = pathlib.Path(sys.argv[2])
+lanes = []
+for lane in json.loads(sys.argv[3]):
+    lanes.append([])
+    for name, seconds in lane:
+        written = str(folder / name)
+        command = [str(folder / "script.py"), written, str(seconds)]
+        lanes[-1].append(Stage(name, written, command, f"What {name} does."))
+run_step(lanes, Clock(folder / "clock.json", {}))
+"""
+
+
+def run_lanes(folder, *lanes):
+    """run_step() in a process of its own, as the processes that it starts write to its output."""
+    (folder / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-c", RUN, str(ROOT), str(folder), json.dumps(lanes)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_lanes_run_side_by_side_their_stages_in_turn_and_each_is_shown_whole(tmp_path):
+    run = run_lanes(tmp_path, [("a", 2)], [("b", 1), ("c", 1)])
+    assert run.returncode == 0
+    times = {}
+    for name in "abc":
+        times[name] = [float(t) for t in (tmp_path / name).read_text().split()]
+    assert times["b"][0] < times["a"][1] and times["b"][1] <= times["c"][0]
+
+    # the second lane is shown after the first, without what is left of its bars
+    # commands go on in indented lines
+    lines = [line for line in run.stdout.splitlines() if line and line[0] != " "]
+    starts = (
+        "What a",
+        "$ python",
+        "working",
+        "What b",
+        "$ python",
+        "working",
+        "What c",
+        "$ python",
+    )
+    assert [line[: len(start)] for line, start in zip(lines, starts)] == list(starts)
+    assert "of 3" not in run.stdout
+    assert set(json.loads((tmp_path / "clock.json").read_text())["seconds"]) == set("abc")
+
+
+def test_a_stage_that_fails_is_named_in_one_line_and_ends_the_others(tmp_path):
+    began = time.time()
+    run = run_lanes(tmp_path, [("slow", 300)], [("bad", 0), ("never", 0)])
+    assert time.time() - began < 100
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith(
+        "error: the stage 'bad' failed with exit status 1"
+    )
+    assert "no luck" in run.stdout
+    assert not (tmp_path / "slow").exists() and not (tmp_path / "never").exists()
+    assert "Traceback" not in run.stderr
+
+
+def all_stages(*arguments):
+    """The stages of all lanes of all steps."""
+    return [stage for lanes in stages(*arguments) for lane in lanes for stage in lane]
+
+
+def test_no_stage_runs_before_or_beside_what_it_reads():
+    """Every path of the world that a command names was written in an earlier step or lane."""
+    written = {"runs/x/train.jsonl", "runs/x/val.jsonl"}
+    for lanes in stages("runs/x", 0, FULL):
+        results = set()
+        for lane in lanes:
+            before = set(written)
+            for stage in lane:
+                named = [word for word in stage.command if word.startswith("runs/x/")]
+                read = {path.partition("/checkpoint")[0] for path in named} - {stage.written}
+                assert read <= before, stage.name
+                before.add(stage.written)
+            results |= before
+        written |= results
 
 
 @pytest.mark.parametrize("size", (FULL, SMALL))
 def test_every_printed_command_is_one_that_its_script_accepts(size, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for stage in stages("runs/x", 1, size):
+    for stage in all_stages("runs/x", 1, size):
         script, *arguments = stage.command
         monkeypatch.setattr(sys, "argv", [script, *arguments])
         args = importlib.import_module(Path(script).stem).parse_args()
+        if script == "toy_world.py":
+            # a piece of the world itself
+            assert args.out == "runs/x"
+            continue
         assert args.out == stage.written
         # no path of another world is left over from the recipe
         paths = [v for v in vars(args).values() if isinstance(v, str) and v.startswith("runs/")]
@@ -52,17 +146,16 @@ def test_every_printed_command_is_one_that_its_script_accepts(size, monkeypatch)
 
 
 def test_the_commands_of_the_first_run_are_the_recipes_and_little_more():
-    commands = {stage.name: stage.command for stage in stages("runs/toy", 0, FULL)}
+    commands = {stage.name: stage.command for stage in all_stages("runs/toy", 0, FULL)}
     assert commands["score train"] == ["score_dependency.py", "@recipes/toy/score.txt"]
     assert commands["mask train"] == ["build_masks.py", "@recipes/toy/mask.txt"]
     assert commands["train mmrpt"] == ["grpo_train.py", "@recipes/toy/train.txt"]
     assert commands["train sft"] == ["grpo_train.py", "@recipes/toy/sft.txt"]
     assert commands["evaluate base"] == ["evaluate.py", "@recipes/toy/evaluate.txt"]
-    assert commands["ask base"] == ["evaluate.py", "@recipes/toy/questions.txt"]
     assert commands["evaluate mmrpt"] == [
         "evaluate.py",
         "@recipes/toy/evaluate.txt",
-        *("--model", "runs/toy/mmrpt/checkpoint-150"),
+        *("--model", "runs/toy/mmrpt/checkpoint-100"),
         *("--compare", "runs/toy/eval_base"),
         *("--out", "runs/toy/eval_mmrpt"),
     ]
@@ -93,13 +186,21 @@ def test_a_second_run_keeps_the_seconds_of_the_first(tmp_path):
     path = tmp_path / "world.json"
     path.write_text('{"settings": {}, "seconds": {"base": 300.0, "clip": 200.0}}')
     (tmp_path / "base").mkdir()
-    clock = toy_world.Clock(path, {})
+    clock = Clock(path, {})
     for name in ("base", "clip"):
-        clock.measure(name, tmp_path / name, lambda: None)
+        with clock.measure(name, tmp_path / name):
+            pass
     assert clock.seconds["base"] == 300.0
     assert clock.seconds["clip"] < 1
     # kept after every stage, so that a kill loses none
     assert json.loads(path.read_text())["seconds"] == clock.seconds
+
+
+def test_of_stages_side_by_side_the_longest_lane_counts(tmp_path):
+    clock = Clock(tmp_path / "world.json", {})
+    clock.seconds = {"world": 1, "a": 10, "b": 4, "c": 7, "d": 2}
+    lane = [Stage(name, "", [], "") for name in "abcd"]
+    assert clock.in_all([[[lane[0]], lane[1:3]], [[lane[3]]]]) == 1 + 11 + 2
 
 
 def test_what_is_being_built_is_there_whole_or_not_at_all(tmp_path):
@@ -139,15 +240,15 @@ def test_the_benchmark_asks_about_every_object_in_all_rotations(tmp_path):
 
 def test_the_table_fits_a_terminal(capsys):
     metrics = {"exact_match_truth": 0.5, "stereotype_rate": 0.1, "exact_match_caption": 0.3}
-    questions = {"accuracy": {"value": 44.0}, "circular": {"value": 42.0}}
-    results = {name: {"real": metrics, "questions": questions} for name in toy_world.MODELS}
+    results = {name: {"real": metrics} for name in toy_world.MODELS}
     for name in ("dependency_auroc", "dependency_auroc_corrected", "mask_precision", "mask_recall"):
         results[name] = 0.9
-    toy_world.print_results("runs/toy", {**results, "small": True, "seconds": {"base": 90.0}})
+    toy_world.print_results("runs/toy", {**results, "small": True, "seconds": {"in all": 90.0}})
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
     assert "stereotype rate                        0.100   0.100   0.100" in printed
-    assert "1.5 minutes in all" in printed and "only shows that everything runs" in printed
+    assert "1.5 minutes in all" in printed and "painted\ncolour, so look at" in printed
+    assert "90% of the masks hide what needs the image" in printed
     assert "runs/toy/eval_mmrpt/results.html" in printed
 
 
