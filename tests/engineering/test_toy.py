@@ -2,20 +2,25 @@
 
 import importlib
 import json
+import random
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import toy_world
 from benchmarks.tsv import load_images, read_tsv
+from common.vlm import chat_prompt
 from toy import stages as toy_stages
 from toy.lanes import Clock
+from toy.models import make_base, make_processor
 from toy.questions import write_benchmark
 from toy.stages import FULL, SMALL, Stage, stages
-from toy.world import COLOURS, building, load_truth, make_world
+from toy.training import fill_example, fill_pair, response_loss
+from toy.world import COLOURS, building, load_truth, make_world, sample_pair
 
 ROOT = Path(toy_world.__file__).parent
 
@@ -238,16 +243,52 @@ def test_the_benchmark_asks_about_every_object_in_all_rotations(tmp_path):
     assert image.size == (64, 64)
 
 
-def test_the_table_fits_a_terminal(capsys):
+def test_the_loss_of_the_base_counts_responses_and_if_asked_the_text_behind_the_image():
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    pairs = []
+    images = []
+    for _ in range(3):
+        image, caption, _ = sample_pair(rng, 0.5)
+        pairs.append(fill_pair(fill_example(rng, caption)))
+        images.append(image)
+    processor = make_processor([prompt for prompt, _ in pairs])
+    model = make_base(processor.tokenizer).eval()
+
+    # one by one, without padding
+    response_nats, text_nats = [], []
+    for (prompt, response), image in zip(pairs, images):
+        encoded = processor(text=[chat_prompt(processor, prompt)], images=[[image]])
+        prompt_ids = encoded.pop("input_ids")[0]
+        response_ids = processor.tokenizer(response).input_ids + [processor.tokenizer.eos_token_id]
+        ids = torch.tensor([prompt_ids + response_ids])
+        pixels = torch.as_tensor(encoded["pixel_values"])
+        logits = model(input_ids=ids, pixel_values=pixels).logits[0, :-1]
+        nats = -logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        behind = len(prompt_ids) - prompt_ids[::-1].index(model.config.image_token_id)
+        text_nats.append(nats[behind - 1 : len(prompt_ids) - 1])
+        response_nats.append(nats[len(prompt_ids) - 1 :])
+
+    expected = torch.cat(response_nats).mean()
+    torch.testing.assert_close(response_loss(model, processor, pairs, images), expected)
+    expected = expected + 2 * torch.cat(text_nats).mean()
+    both = response_loss(model, processor, pairs, images, prompt_weight=2)
+    torch.testing.assert_close(both, expected)
+
+
+@pytest.mark.parametrize("small", (True, False))
+def test_the_table_fits_a_terminal_and_says_what_to_look_at(small, capsys):
     metrics = {"exact_match_truth": 0.5, "stereotype_rate": 0.1, "exact_match_caption": 0.3}
     results = {name: {"real": metrics} for name in toy_world.MODELS}
     for name in ("dependency_auroc", "dependency_auroc_corrected", "mask_precision", "mask_recall"):
         results[name] = 0.9
-    toy_world.print_results("runs/toy", {**results, "small": True, "seconds": {"in all": 90.0}})
+    toy_world.print_results("runs/toy", {**results, "small": small, "seconds": {"in all": 90.0}})
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
     assert "stereotype rate                        0.100   0.100   0.100" in printed
-    assert "1.5 minutes in all" in printed and "painted\ncolour, so look at" in printed
+    assert ("only shows that everything runs" in printed) == small
+    assert ("look at the stereotype rate first" in printed) != small
+    assert "1.5 minutes in all" in printed
     assert "90% of the masks hide what needs the image" in printed
     assert "runs/toy/eval_mmrpt/results.html" in printed
 
