@@ -17,9 +17,10 @@ how much the model relies on it. Each prediction has these metrics:
                     brevity penalty; always against the real image, whatever image the model was
                     shown
     format_ok       1 if the completion has the form <think>...</think><answer>...</answer>
-    prior_reliance  1 if the answer is the same with another image: what the model says without
-                    looking. It should fall, and needs no truth. Also for the masks whose hidden
-                    text is frequent in captions (in more of them than the median mask's), or rare
+    prior_reliance  1 if the model gives the same answer with the image of another record; only if
+                    both can be read. Lower is better, and no truth is needed. Also reported for
+                    frequent hidden texts (those that occur in more captions than the median one)
+                    and for rare ones (all others)
 
 exact_match compares with the caption, which may be wrong; toy_world.py knows the truth and measures
 against it too. Scores are percentages with a 95% bootstrap interval over captions, since masks of
@@ -32,8 +33,8 @@ paired. A .tsv is a benchmark of VLMEvalKit: see benchmarks/.
     torchrun --nproc_per_node 8 evaluate.py --model ... --data ... --out ...
 
 in:   JSONL of build_masks.py, or a .tsv
-out:  OUT/predictions.jsonl: {id, image, sentence, start, end, answer, frequency (captions that
-      hold the answer), condition, prediction, and the metrics above}; if no other image is
+out:  OUT/predictions.jsonl: {id, image, sentence, start, end, answer, frequency (the number
+      of captions in --data that contain the hidden text), condition, prediction, and the metrics above}; if no other image is
       readable, there is no shuffled prediction
       OUT/results.json: {model, data, kind, records, written, skipped,
       real: {metric: {value, low, high, n, unparsed}}, blank, shuffled,
@@ -128,8 +129,11 @@ def image_pmi(clip, records, images, predictions):
 
 
 def same_answer(prediction, other):
-    """1 if two completions give the same readable answer."""
-    return exact_match(parse_completion(prediction) or "", parse_completion(other) or "")
+    """Whether two completions give the same answer, 1 or 0; None if one of them has none."""
+    answers = (parse_completion(prediction), parse_completion(other))
+    if None in answers:
+        return None
+    return exact_match(*answers)
 
 
 def score_masks(predictions):
@@ -206,7 +210,9 @@ class MaskEvaluator:
 
         for real, *_, other in outputs:
             if other["condition"] == "shuffled":
-                real["prior_reliance"] = same_answer(real["prediction"], other["prediction"])
+                is_same = same_answer(real["prediction"], other["prediction"])
+                if is_same is not None:
+                    real["prior_reliance"] = is_same
         return outputs
 
     def predict(self, condition, prepared):
@@ -231,20 +237,28 @@ class MaskEvaluator:
         return predictions
 
 
+def count_hidden_texts(records):
+    """Adds to each mask its frequency: how many of the masked captions contain its hidden text."""
+    captions = {record["masked_caption"].replace(MASK, record["answer"]) for record in records}
+    counts = phrase_counts([record["answer"] for record in records], captions)
+    for record, count in zip(records, counts):
+        record["frequency"] = count
+
+
 def evaluate_masks(args, root, rank, device):
     """Evaluates args.model on the masks args.data: predictions, results.json and a page."""
-    records = list(read_masks(args.data))[: args.limit]
+    records = list(read_masks(args.data))
+    # of all, whatever the limit, so that models judged on fewer masks can be compared
+    count_hidden_texts([record for _, record in records if not isinstance(record, BadRecord)])
+    records = records[: args.limit]
     usable = [record for _, record in records if not isinstance(record, BadRecord)]
     if not usable:
         fail(
             f"{args.data}: none of its records is a mask that can be used; it should be the output "
             "of build_masks.py"
         )
-    captions = {r["id"]: r["masked_caption"].replace(MASK, r["answer"]) for r in usable}
-    counts = phrase_counts([record["answer"] for record in usable], captions.values())
-    for place, (record, count) in enumerate(zip(usable, counts)):
+    for place, record in enumerate(usable):
         record["place"] = place
-        record["frequency"] = count
 
     def start():
         evaluator = MaskEvaluator(args, usable, root, device)
@@ -259,6 +273,7 @@ def evaluate_masks(args, root, rank, device):
     settings = {
         "stage": "evaluate",
         "kind": "masks",
+        "prompt": FILL_PROMPT,
         "model": fingerprint(args.model),
         "data": fingerprint(args.data),
         "limit": args.limit,

@@ -6,9 +6,10 @@ in everything (`format` is that gate, not a component). The components, from 0 t
 
     semantic    1 if a = y after normalisation, else --credit: nothing (exact), 1 for a strict
                 prefix of y (prefix), or the ROUGE-L F1 of the words (rouge_l)
-    visual      how well s, filled with a, fits the image, times a brevity penalty; --relative to
-                the other answers of its group (answers), to those, y and what other captions hide
-                (pool), to other images (images), or to nothing (none: CLIP's cosine)
+    visual      how well s, filled with a, fits the image, compared (--relative) with the group's
+                other answers (answers), with those, y, and texts that other records hide (pool),
+                with other images (images), or with nothing (none: CLIP's cosine); times a brevity
+                penalty, exp(1 - longer / shorter) of the lengths of a and y
 
 Within the G completions of a prompt every component k is normalised, and only then weighted and
 added. A is the advantage:
@@ -24,8 +25,8 @@ training ends at S(I, t) = log[p(t | I) / p(t)] + c(I): the captions' prior p(t)
 an answer earns nothing by being what captions usually say. The unknown c(I) cancels when answers
 to one image are compared. Their softmax is, by Bayes' rule, the probability of each answer given
 the image if all were equally likely a priori. The cosine has the same order, but its gaps are
-small beside eps. Rivals from outside the group (pool) matter when all its answers are wrong: then
-all earn next to nothing, and the least bad one is not praised.
+small beside eps. Rivals from outside the group (pool) matter when every answer is wrong: if one of
+them fits the image better, all answers earn next to nothing, and the least bad one is not praised.
 
 To change the reward, write a function with a worked example and add one line to COMPONENTS.
 
@@ -79,11 +80,11 @@ class Reward:
     """The components of the reward. One of weight 0 is not computed and loads nothing.
 
     tokenizer: the policy's, for --credit prefix. clip: a ClipScorer, for the visual component.
-    hidden: what all records hide, from which relative="pool" draws rivals.
+    hidden: the hidden texts of all records, from which relative="pool" draws rivals.
     """
 
     def __init__(
-        self, weights, credit="rouge_l", relative="answers", tokenizer=None, clip=None, hidden=()
+        self, weights, credit="rouge_l", relative="pool", tokenizer=None, clip=None, hidden=()
     ):
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self.credit = credit
@@ -183,15 +184,15 @@ def visual_component(reward, records, images, answers):
 
 
 def rival_answers(record, hidden, count=7):
-    """What a group competes with in a pool: y, and `count` other texts of `hidden`.
+    """The texts that compete with a group in a pool: y, then `count` other hidden texts.
 
-    hidden: {number of words: texts}. Rivals are as long as y, so that most of them fit its place;
-    None where there are too few. A record always gets the same ones.
+    hidden: {number of words: texts}. Rivals have as many words as y, so that most of them fit the
+    gap. None fills up the list if there are too few. A record always gets the same rivals.
     """
     y = record["answer"]
     texts = hidden[len(split_words(y))]
     drawn = random.Random(record["masked_caption"]).sample(texts, min(count + 1, len(texts)))
-    others = [text for text in drawn if text != y][:count]
+    others = [text for text in drawn if not exact_match(text, y)][:count]
     return [y, *others, *[None] * (count - len(others))]
 
 
@@ -203,11 +204,12 @@ def fill(record, answer):
 def contest(scores, texts):
     """softmax of `scores` (G,), in nats, over the distinct `texts` (G), each counted once.
 
+    Case and outer punctuation make no difference between texts.
     For an ideal CLIP this is p(I | t) / sum over the distinct texts t' of p(I | t'): by Bayes'
     rule, the probability of t given I if all texts were equally likely a priori. A text of None
     does not take part and gets 0. Scores (0, log 3) of two texts give 1/4 and 3/4.
     """
-    distinct = {text: i for i, text in enumerate(texts) if text is not None}
+    distinct = {normalise(text): i for i, text in enumerate(texts) if text is not None}
     if not distinct:
         return torch.zeros_like(scores)
     takes_part = torch.tensor([text is not None for text in texts], device=scores.device)
@@ -240,7 +242,7 @@ class ClipScorer(Clip):
     def __call__(self, images, texts, relative):
         """Agreement (B, G) in [0, 1] of texts[b][g] with images[b]; a text of None gets 0.
 
-        relative: answers or pool (a contest of the texts), images, or none (the cosine).
+        relative: pool or answers (a contest of the texts), images, or none (the cosine).
         """
         takes_part = torch.tensor([[text is not None for text in group] for group in texts])
         if not takes_part.any():
@@ -294,12 +296,11 @@ def add_reward_flags(parser):
     form = {"nargs": "+", "metavar": "NAME=WEIGHT", "type": component_weight}
     note = "components and their weights; one that is not named is off (semantic=1 visual=1)"
     add("--reward", **form, default=defaults, help=note)
-    note = "of an answer that is not exact (%(default)s: exact is too rare to learn from, prefix "
-    note += "makes answers short)"
+    note = "semantic credit of an answer that is not exact (%(default)s)"
     add("--credit", default="rouge_l", choices=("exact", "prefix", "rouge_l"), help=note)
-    note = "what the visual component is relative to (%(default)s: best in the toy world)"
-    choices = ("answers", "pool", "images", "none")
-    add("--relative", default="answers", choices=choices, help=note)
+    note = "what the visual component compares an answer with, see above (%(default)s)"
+    choices = ("pool", "answers", "images", "none")
+    add("--relative", default="pool", choices=choices, help=note)
     add_clip_flags(group)
 
 

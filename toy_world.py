@@ -38,13 +38,15 @@ What results.json holds; scores, masks and predictions are those of the validati
     mask_precision, _recall   share of masks in a sentence that needs the image; share of such
                               sentences with a mask. word_*: the same for words
     rules                     the same, and F1, for each threshold rule of stage 2
-    base, sft, mmrpt          by condition of evaluate.py, real or blank:
+    base, sft, mmrpt          under real and blank, two conditions of evaluate.py:
       exact_match_truth       share of predictions equal to the hidden text with its lies corrected
       exact_match_caption     share of predictions equal to the hidden text as the caption has it
       stereotype_rate         of the masks that hide the colour of an object not painted in its
                               stereotype colour, the share of predictions that name that colour
-      prior_reliance          share of answers that are the same with another image; needs no truth
-    seconds                   by stage; "in all" counts those that run side by side once
+                              and beside these two:
+      prior_reliance          share of readable answers that are the same with another image
+    seconds                   by stage; "in all" is elapsed time: of stages side by side, the
+                              longest lane
 toy/study.py says what study.json holds.
 """
 
@@ -98,11 +100,10 @@ def measure(out):
 def print_results(out, results):
     """The table, at most 100 columns wide."""
     print(
-        "\nStage 1 tells sentences that need the image from others: AUROC "
-        f"{results['dependency_auroc_corrected']:.3f} (D_vis as published: "
-        f"{results['dependency_auroc']:.3f}).\nStage 2 hides them: {results['mask_precision']:.0%} "
-        f"of the masks hide what needs the image, and {results['mask_recall']:.0%} of such sentences "
-        "have one.\n"
+        "\nStage 1 separates sentences that need the image from others with an AUROC of "
+        f"{results['dependency_auroc_corrected']:.3f}\n(D_vis as published: "
+        f"{results['dependency_auroc']:.3f}). Stage 2: {results['mask_precision']:.0%} of the masks "
+        f"lie in such a sentence, and\n{results['mask_recall']:.0%} of such sentences have a mask.\n"
     )
     print(f"{'held-out masks':36s}{'base':>8s}{'SFT':>8s}{'MMRPT':>8s}")
     for metric, label, remark in (
@@ -115,7 +116,7 @@ def print_results(out, results):
 
     if results["small"]:
         print("\n--small only shows that everything runs: its models have learned next to nothing.")
-    else:
+    elif results["bias"]:
         print(
             "\nCaptions lie about colours. SFT imitates them, lies included; MMRPT should name the "
             "painted\ncolour, so look at the stereotype rate first."
@@ -155,20 +156,21 @@ def main():
         run_piece(out, args.bias, args.seed, *args.piece)
         return
 
-    settings = {"bias": args.bias, "seed": args.seed, "small": args.small}
+    size = SMALL if args.small else FULL
+    flags = {"bias": args.bias, "seed": args.seed, "small": args.small}
+    settings = {**flags, "size": size._asdict()}
     out.mkdir(parents=True, exist_ok=True)
     if not check_settings(out / "world.json", settings):
         write_json(out / "world.json", {"settings": settings})
-    size = SMALL if args.small else FULL
     clock = Clock(out / "world.json", settings)
     with clock.measure("world", out / "truth.jsonl"):
         draw_world(out, args.bias, args.seed, size)
     steps = stages(out, args.seed, size)
     for lanes in steps:
-        run_step(lanes, clock)
+        run_step(lanes, clock, out)
 
     seconds = {**clock.seconds, "in all": clock.in_all(steps)}
-    results = {**settings, **measure(out), "seconds": seconds}
+    results = {**flags, **measure(out), "seconds": seconds}
     write_json(out / "results.json", results)
     print_results(out, results)
 

@@ -20,6 +20,7 @@ COMPARABLE = (
     "stage",
     "kind",
     "data",
+    "prompt",
     "clip",
     "clip_weights",
     "clip_others",

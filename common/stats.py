@@ -83,7 +83,7 @@ def mean_std(values):
 
 # ---------------------------------------------------------------- scores with intervals
 
-# the first words of scores that should fall
+# prefixes of the names of scores that should fall
 LOWER_IS_BETTER = ("IK", "RM", "prior_reliance")
 
 
@@ -198,8 +198,8 @@ def paired_difference(score, mine, other):
 
     score: a function from records to scores as described at the top of this file. Only records
     whose index is in both take part, and both sides are resampled together. The verdict is "gain"
-    or "loss" (of a score that should fall, the other way round); it is "noise" if the interval contains 0, or if there are fewer than ten units, for
-    which resampling says nothing.
+    or "loss", the other way round for a score that should fall. It is "noise" if the interval
+    contains 0, or if there are fewer than ten units, for which resampling says nothing.
     """
     shared = {r["index"] for r in mine} & {r["index"] for r in other}
     if not shared:

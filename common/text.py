@@ -70,11 +70,12 @@ def _goes_on(text, start, end):
 
 
 def phrase_counts(phrases, texts):
-    """[number of texts that hold the phrase, for each of `phrases`]: whole words, any case.
+    """For each phrase, the number of texts that contain it, as whole words in any case.
 
     'red circle' occurs in 'A Red circle.' and not in 'A red, a blue circle' or 'A red circlet'.
     """
-    wanted = {tuple(words_of(phrase)) for phrase in phrases}
+    # a phrase without a word occurs nowhere
+    wanted = {tuple(words_of(phrase)) for phrase in phrases} - {()}
     lengths = {len(phrase) for phrase in wanted}
     counts = collections.Counter()
     for text in texts:
@@ -87,7 +88,7 @@ def phrase_counts(phrases, texts):
 
 
 def words_of(text):
-    """The words of a text in one case: ['a', 'well-lit', 'room'] of 'A well-lit room.'"""
+    """The words of a text, casefolded: ['a', 'well-lit', 'room'] of 'A well-lit room.'"""
     return [text[start:end].casefold() for start, end in split_words(text)]
 
 

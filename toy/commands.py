@@ -1,17 +1,20 @@
-"""Commands of the stages: a recipe, and the flags that differ from it; run as processes, or jobs."""
+"""The stages as commands: a recipe and the flags that differ from it; run as processes or jobs."""
 
-import multiprocessing
+import functools
+import multiprocessing.connection
 import os
 import runpy
 import shlex
 import sys
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from graphlib import TopologicalSorter
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import NamedTuple
 
-from common.ranks import die_with_parent
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,36 +48,67 @@ def recipe_command(script, recipe, *arguments):
 
 # ---------------------------------------------------------------- processes
 
-# imported once, by a server of which every process is a copy: importing them takes six seconds
+# imported once, by the server that every process is forked from: the imports take six seconds
 PRELOAD = ["build_masks", "evaluate", "grpo_train", "score_dependency", "toy.pieces"]
+# multiprocessing looks after all processes at once, whichever thread asks
+LOCK = threading.Lock()
+
+
+@functools.cache
+def process_context():
+    """Where processes come from: on Linux a server with everything imported, else a new Python."""
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    # the server looks for modules in its working directory
+    folder = os.getcwd()
+    os.chdir(ROOT)
+    forkserver.ensure_running()
+    os.chdir(folder)
+    return context
 
 
 def start(command, log, heading):
     """Starts a script of this repository, from any folder, in a process of its own.
 
-    log: the file that gets the heading and what the script prints, or None for this process's own
-    output. The process has one thread: with models this small, two processes side by side do more
-    than two threads in turn, threads that wait for each other can take ten times as long, and sums
-    are rounded alike on every machine. OMP_NUM_THREADS overrides it.
+    log: the file for the heading and the script's output; None: this program's own output. Each
+    process has one thread: with models this small, two processes do more than two threads, threads
+    that wait for each other can be ten times slower, and sums are rounded alike on every machine.
+    OMP_NUM_THREADS overrides this. The process ends when this program is killed.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    method = "forkserver"
-    if method not in multiprocessing.get_all_start_methods():
-        method = "spawn"
-    context = multiprocessing.get_context(method)
-    context.set_forkserver_preload(PRELOAD)
     sys.stdout.flush()
-    process = context.Process(target=run_here, args=(command, log, heading, os.getcwd()))
-    process.start()
+    with LOCK:
+        process = process_context().Process(
+            target=run_here, args=(command, log, heading, os.getcwd())
+        )
+        process.start()
     return process
+
+
+def finish(process):
+    """Waits for a process that start() returned; its exit status."""
+    multiprocessing.connection.wait([process.sentinel])
+    with LOCK:
+        process.join()
+    return process.exitcode
+
+
+def stop_all():
+    """Ends all processes of start()."""
+    with LOCK:
+        for process in multiprocessing.active_children():
+            process.terminate()
 
 
 def run_here(command, log, heading, folder):
     """Runs a script in this process, as Python would: python script arguments."""
-    die_with_parent()
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=end_with, args=[parent], daemon=True).start()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     os.chdir(folder)
     if log is not None:
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(descriptor, sys.stdout.fileno())
         os.dup2(descriptor, sys.stderr.fileno())
     print(heading, flush=True)
@@ -86,6 +120,12 @@ def run_here(command, log, heading, folder):
             argument = f"@{ROOT / argument[1:]}"
         sys.argv.append(argument)
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def end_with(parent):
+    """Kills this process when `parent`, the program that started it, has ended."""
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 # ---------------------------------------------------------------- jobs
@@ -132,9 +172,12 @@ def run_jobs(jobs, folder, workers=2):
                 if message is not None:
                     print(f"[{finished:3d}/{len(jobs)}] {name:36s} {message}", flush=True)
                 order.done(name)
-    finally:
-        # after Ctrl-C nothing new is started
-        pool.shutdown(cancel_futures=True)
+    except BaseException:
+        # Ctrl-C, as a rule
+        pool.shutdown(wait=False, cancel_futures=True)
+        stop_all()
+        raise
+    pool.shutdown()
     return failed
 
 
@@ -155,10 +198,10 @@ def run_job(job, failed, logs):
     try:
         log.unlink(missing_ok=True)
         process = start(job.command, log, f"$ python {shlex.join(job.command)}")
-        process.join()
-    except OSError as error:
+        status = finish(process)
+    except (OSError, EOFError) as error:
         return str(error), f"FAILED: {error}"
-    if process.exitcode or not Path(job.written).exists():
-        reason = f"exit status {process.exitcode}, see {log}"
+    if status or not Path(job.written).exists():
+        reason = f"exit status {status}, see {log}"
         return reason, f"FAILED: {reason}"
     return None, f"{time.time() - began:7.1f} s"

@@ -1,22 +1,20 @@
-"""Stages that run side by side, and the seconds that they take."""
+"""Stages that run side by side, and how long they take."""
 
 import contextlib
 import json
-import multiprocessing
 import sys
-import tempfile
 import textwrap
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from common.records import fail, write_json
-from toy.commands import start
+from toy.commands import finish, start, stop_all
 
 
 class Clock:
-    """Seconds by stage, kept in a file, so that a run that is continued knows those before it."""
+    """Seconds by stage, kept in a file, so that a continued run still knows the earlier ones."""
 
     def __init__(self, path, settings):
         self.path = path
@@ -28,7 +26,7 @@ class Clock:
 
     @contextlib.contextmanager
     def measure(self, name, written):
-        """Measures the block, which may find that `written` is there already."""
+        """Measures a block that succeeds, and that may find `written` there already."""
         was_there = Path(written).exists()
         began = time.time()
         yield
@@ -38,20 +36,29 @@ class Clock:
             write_json(self.path, {"settings": self.settings, "seconds": self.seconds})
 
     def in_all(self, steps):
-        """Seconds of the world and of all steps, of each those of its longest lane."""
+        """Elapsed seconds: the world, plus the longest lane of every step."""
         total = self.seconds["world"]
         for lanes in steps:
             total += max(sum(self.seconds[stage.name] for stage in lane) for lane in lanes)
         return round(total, 1)
 
 
-def run_step(lanes, clock):
-    """Runs lanes of stages side by side; if a stage fails, all end, and so does this program.
+class StageFailed(Exception):
+    """A stage ended with an exit status other than 0."""
 
-    The first lane prints as it runs, and what the others print follows when all are done.
+
+def run_step(lanes, clock, folder):
+    """Runs lanes of stages side by side. If a stage fails, the others are stopped, and all ends.
+
+    The first lane prints as it runs. The output of the others is kept in folder/logs, and follows
+    when all are done.
     """
     stop = threading.Event()
-    failed = []
+    logs = [None]
+    for lane in lanes[1:]:
+        logs.append(Path(folder, "logs", f"{lane[0].name.replace(' ', '-')}.txt"))
+        logs[-1].parent.mkdir(parents=True, exist_ok=True)
+        logs[-1].write_bytes(b"")
 
     def run_lane(lane, log):
         for stage in lane:
@@ -59,25 +66,36 @@ def run_step(lanes, clock):
                 return
             with clock.measure(stage.name, stage.written):
                 process = start(stage.command, log, heading_of(stage))
-                process.join()
-            if process.exitcode and not stop.is_set():
-                stop.set()
-                failed.append(f"'{stage.name}' failed with exit status {process.exitcode}")
-                for other in multiprocessing.active_children():
-                    other.terminate()
+                if stop.is_set():
+                    process.terminate()
+                status = finish(process)
+                if status:
+                    raise StageFailed(f"the stage '{stage.name}' failed with exit status {status}")
 
-    with tempfile.TemporaryDirectory() as folder:
-        logs = [None, *(Path(folder, f"lane{i}.txt") for i in range(1, len(lanes)))]
+    try:
         with ThreadPoolExecutor(len(lanes)) as pool:
-            list(pool.map(run_lane, lanes, logs))
-        for log in logs[1:]:
-            # of progress bars only what they leave, which is nothing
-            lines = log.read_bytes().decode().split("\n")
-            print("\n".join(line.rpartition("\r")[2] for line in lines), end="", flush=True)
-    if failed:
-        # below the bar of a stage that was stopped
+            running = [pool.submit(run_lane, *lane) for lane in zip(lanes, logs)]
+            try:
+                for lane in as_completed(running):
+                    lane.result()
+            except BaseException:
+                stop.set()
+                stop_all()
+                raise
+    except StageFailed as error:
+        show(logs[1:])
+        # a stage that was stopped may have left its bar on this line
         print(file=sys.stderr)
-        fail(f"the stage {failed[0]}, see above; the same command tries it again")
+        fail(f"{error}, see above; the same command tries it again")
+    show(logs[1:])
+
+
+def show(logs):
+    """Prints logs of lanes, each line without the bars that it overwrote."""
+    for log in logs:
+        text = log.read_bytes().decode(errors="replace").replace("\r\n", "\n")
+        lines = [line.rpartition("\r")[2] for line in text.split("\n")]
+        print("\n".join(lines), end="", flush=True)
 
 
 def heading_of(stage):

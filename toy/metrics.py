@@ -14,7 +14,7 @@ RULES = ("position", "density", "otsu", "mean", "gap", "quantile:0.5")
 
 
 def sentence_at(truth, start, end):
-    """The true sentence that shares most characters with [start, end)."""
+    """The true sentence that shares the most characters with [start, end)."""
     return max(truth["sentences"], key=lambda s: min(s["end"], end) - max(s["start"], start))
 
 

@@ -1,4 +1,4 @@
-"""The jobs of the study that no stage does: `python toy_world.py --piece NAME ARGUMENTS`."""
+"""What no stage does for the toy and its study: `python toy_world.py --piece NAME ARGUMENTS`."""
 
 import json
 

@@ -79,7 +79,8 @@ def main(world, path):
     base = Model(world / "base")
     image, mask, completions, before, after = find_example(world, base, Model(newest))
 
-    reward = Reward(WEIGHTS, clip=ClipScorer(str(world / "clip")))
+    hidden = [record["answer"] for record in load_records(world / "masks_train.jsonl")]
+    reward = Reward(WEIGHTS, clip=ClipScorer(str(world / "clip")), hidden=hidden)
     components = reward([mask], [image], [completions])
     A = advantages(components, WEIGHTS)[0].tolist()
     semantic = components["semantic"][0].tolist()

@@ -14,7 +14,7 @@ from toy.corruptions import CORRUPTIONS, corrupt, hide_patches, mislead, patches
 from toy.metrics import dependency_metrics, prediction_metrics, sentence_at
 from toy.world import load_truth, load_world_image
 
-MAX_NEW_TOKENS = 24
+MAX_NEW_TOKENS = 20
 
 
 class Probe:

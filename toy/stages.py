@@ -10,7 +10,7 @@ class Size(NamedTuple):
 
     n_train: int = 12000
     n_val: int = 300
-    base_steps: int = 700
+    base_steps: int = 950
     clip_steps: int = 400
     scored: int = 1200
     updates: int = 100
@@ -34,21 +34,22 @@ ABOUT = {
     "base": "The model to be trained: it learns to caption images and to fill in hidden words.",
     "clip": "CLIP, the judge of the visual reward: it learns which sentence belongs to which image.",
     "score train": "Stage 1. Which sentences of the training captions need the image?",
-    "score val": "The same for the held-out captions.",
+    "score val": "Stage 1 for the held-out captions.",
     "mask train": "Stage 2. Hide what needs the image, in the training captions.",
-    "mask val": "The same in the held-out captions.",
+    "mask val": "Stage 2 for the held-out captions.",
     "train sft": "The baseline: imitate the hidden text, lies included (SFT).",
     "train mmrpt": "Stages 3 and 4. Reward answers that fit the image, and train on that by GRPO.",
     "evaluate base": "Stage 5. The base fills held-out masks, seeing the image, a grey one, or another.",
-    "evaluate sft": "The same for the model trained by SFT.",
-    "evaluate mmrpt": "The same for the model trained by MMRPT.",
+    "evaluate sft": "Stage 5 for the model trained by SFT.",
+    "evaluate mmrpt": "Stage 5 for the model trained by MMRPT.",
 }
 
 
 def stages(out, seed, size):
-    """Every stage in the world `out`: a list of steps, each a list of lanes of stages in order.
+    """Every stage in the world `out`: a list of steps.
 
-    The lanes of a step run side by side, one process each.
+    A step is a list of lanes that run side by side, and a lane is a list of stages that run in
+    turn.
     """
     base, clip = model_stages(out, seed, size)
     score = score_stages(out, size)

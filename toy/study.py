@@ -1,10 +1,10 @@
 """The study: what makes the difference?
 
-    python toy_world.py --study    # about two hours on two cores; a killed study continues
+    python toy_world.py --study    # about an hour on two cores; a killed study continues
 
 A world for every seed: all arms start from one base and are judged on one set of masks; policies
-are judged on masks of other kinds as well; D_vis is probed; robustness is tested after SFT. And for
-every other bias a world with the base, SFT and the default.
+are judged on masks of other kinds as well; D_vis is probed; robustness is tested after SFT; base and
+MMRPT are tuned on questions. And for every other bias a world with a few arms (BIAS_ARMS).
 
 What OUT/study.json holds, every number as {values (one per seed), mean, std}:
 
@@ -12,10 +12,10 @@ What OUT/study.json holds, every number as {values (one per seed), mean, std}:
                         reliance_*, those less the ones with another record's image. clip is no
                         policy but the teacher: the colours that it chooses for objects not painted
                         in their stereotype colour
+    masks               the metrics of arms by what a policy was trained on, and by the kind of
+                        masks that it is judged on
     prior_reliance      its rank correlation with the stereotype rate over the arms of a world
     questions           scores on val.tsv of base and MMRPT, after a short tuning on questions
-    masks               the same by what a policy was trained on, and by the kind of masks that it
-                        is judged on
     dependency, rules   what the scores of stage 1 find, and what the masks of each rule hit
     probe               by model: layers (D_vis of each alone), and patches (metrics with 1, 2 or 4
                         of 16 patches hidden: those that the sentence of the mask attends to most
@@ -27,15 +27,19 @@ What OUT/study.json holds, every number as {values (one per seed), mean, std}:
 """
 
 import collections
+import itertools
 import json
 
 from common.records import check_settings, fail, load_records, write_json
 from common.stats import mean_std, spearman
 from toy.commands import run_jobs
 from toy.metrics import dependency_metrics, prediction_metrics, prior_reliance, rule_metrics
-from toy.study_jobs import ARMS, BIASES, MASK_KINDS, SIZES, study_jobs
+from toy.study_jobs import ARMS, BIAS_ARMS, FEW, MASK_KINDS, SIZES, study_jobs
 from toy.study_page import print_means, write_study_page
 from toy.world import load_truth
+
+# arms of any world
+JUDGED = tuple(dict.fromkeys(itertools.chain(("base",), ARMS, *BIAS_ARMS.values())))
 
 
 def aggregate(results):
@@ -91,7 +95,7 @@ def world_results(folder):
     if (folder / "truth.jsonl").exists():
         truth = load_truth(folder)
 
-    for name in ("base", *ARMS):
+    for name in JUDGED:
         metrics = arm_metrics(folder / f"eval_{name}", truth)
         if metrics:
             results["arms"][name] = metrics
@@ -131,13 +135,14 @@ def study_results(out, seeds):
     """world_results() of all worlds, aggregated over the seeds."""
     results = aggregate([world_results(out / f"seed{seed}") for seed in seeds])
     arms = {0.5: results.get("arms", {})}
-    for bias in BIASES:
+    for bias in BIAS_ARMS:
         worlds = [world_results(out / f"bias{bias}-seed{seed}") for seed in seeds]
         arms[bias] = aggregate([world.get("arms") for world in worlds])
 
     results["bias"] = {}
     for bias in sorted(arms):
-        chosen = [name for name in ("base", "sft", "mmrpt", "clip") if name in arms[bias]]
+        names = ("base", *BIAS_ARMS.get(bias, FEW), "clip")
+        chosen = [name for name in names if name in arms[bias]]
         results["bias"][str(bias)] = {name: arms[bias][name] for name in chosen}
     return results
 
@@ -150,6 +155,7 @@ def study(out, seeds, small):
         "small": small,
         "sizes": {name: size._asdict() for name, size in SIZES.items()},
         "arms": ARMS,
+        "bias_arms": BIAS_ARMS,
     }
     if not check_settings(out / "run.json", settings):
         write_json(out / "run.json", {"settings": settings})

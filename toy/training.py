@@ -95,10 +95,10 @@ def shuffled_batches(n, batch_size, rng):
 def train_base(out, records, images, steps, batch_size, lr, muon_lr, seed, device):
     """Trains the base to caption and to fill in, and saves it as an ordinary checkpoint.
 
-    Filling in stands for the instruction tuning that a real model has had. What teaches the model
-    to see are the words of the captions, which stand behind the image in every fill-in prompt: so
-    the prompt's text counts as well, twice as much as the response. Without it the same number of
-    steps gives a quarter of the exact matches.
+    Filling in stands for the instruction tuning of a real model. The model learns to see mostly
+    from the caption's words, which follow the image in every fill-in prompt. The loss therefore
+    includes the text of the prompt, with twice the weight of the response. Without it, the same
+    number of steps gives a quarter of the exact matches.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -155,7 +155,8 @@ def fill_pair(record):
 def response_loss(model, processor, pairs, images, prompt_weight=0):
     """Cross-entropy, in nats per token, of the responses of (prompt, response) pairs.
 
-    prompt_weight: of that of the prompt's text behind the image, which is added.
+    prompt_weight: how much the mean loss of the prompt's text after the image (caption,
+    instruction and template) counts beside that of the responses.
     """
     prompts = [chat_prompt(processor, prompt) for prompt, _ in pairs]
     batch = encode_prompts(model, processor, prompts, [[image] for image in images])

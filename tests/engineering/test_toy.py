@@ -26,7 +26,7 @@ ROOT = Path(toy_world.__file__).parent
 
 
 def test_a_world_with_other_settings_is_refused_in_one_line(tmp_path):
-    settings = {"bias": 0.9, "seed": 0, "small": True}
+    settings = {"bias": 0.9, "seed": 0, "small": True, "size": SMALL._asdict()}
     (tmp_path / "world.json").write_text(json.dumps({"settings": settings}))
     command = [sys.executable, toy_world.__file__, "--small", "--out", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True)
@@ -51,7 +51,7 @@ pathlib.Path(path).write_text(f"{began} {time.time()}")
 RUN = """import json, pathlib, sys
 sys.path.insert(0, sys.argv[1])
 from toy import commands
-commands.PRELOAD = []
+commands.PRELOAD = ['toy.commands']
 from toy.lanes import Clock, run_step
 from toy.stages import Stage
 folder = pathlib.Path(sys.argv[2])
@@ -62,7 +62,7 @@ for lane in json.loads(sys.argv[3]):
         written = str(folder / name)
         command = [str(folder / "script.py"), written, str(seconds)]
         lanes[-1].append(Stage(name, written, command, f"What {name} does."))
-run_step(lanes, Clock(folder / "clock.json", {}))
+run_step(lanes, Clock(folder / "clock.json", {}), folder)
 """
 
 
@@ -99,17 +99,22 @@ def test_lanes_run_side_by_side_their_stages_in_turn_and_each_is_shown_whole(tmp
     assert set(json.loads((tmp_path / "clock.json").read_text())["seconds"]) == set("abc")
 
 
-def test_a_stage_that_fails_is_named_in_one_line_and_ends_the_others(tmp_path):
+@pytest.mark.parametrize("failing", (0, 1))
+def test_a_stage_that_fails_is_named_in_one_line_and_ends_the_others(failing, tmp_path):
+    lanes = [[("slow", 300)], [("slow", 300)]]
+    lanes[failing] = [("bad", 0), ("never", 0)]
     began = time.time()
-    run = run_lanes(tmp_path, [("slow", 300)], [("bad", 0), ("never", 0)])
+    run = run_lanes(tmp_path, *lanes)
     assert time.time() - began < 100
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1].startswith(
         "error: the stage 'bad' failed with exit status 1"
     )
-    assert "no luck" in run.stdout
+    assert "no luck" in run.stdout + run.stderr
     assert not (tmp_path / "slow").exists() and not (tmp_path / "never").exists()
     assert "Traceback" not in run.stderr
+    # nobody takes these seconds for those of the stages
+    assert not (tmp_path / "clock.json").exists()
 
 
 def all_stages(*arguments):
@@ -282,6 +287,7 @@ def test_the_table_fits_a_terminal_and_says_what_to_look_at(small, capsys):
     results = {name: {"real": metrics} for name in toy_world.MODELS}
     for name in ("dependency_auroc", "dependency_auroc_corrected", "mask_precision", "mask_recall"):
         results[name] = 0.9
+    results["bias"] = 0.5
     toy_world.print_results("runs/toy", {**results, "small": small, "seconds": {"in all": 90.0}})
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
@@ -289,7 +295,7 @@ def test_the_table_fits_a_terminal_and_says_what_to_look_at(small, capsys):
     assert ("only shows that everything runs" in printed) == small
     assert ("look at the stereotype rate first" in printed) != small
     assert "1.5 minutes in all" in printed
-    assert "90% of the masks hide what needs the image" in printed
+    assert "90% of the masks lie in such a sentence" in printed
     assert "runs/toy/eval_mmrpt/results.html" in printed
 
 

@@ -12,7 +12,14 @@ from tiny import random_image
 import evaluate
 from common.records import BadRecord, load_records
 from common.stats import bootstrap_ratios, paired_difference
-from evaluate import image_pmi, images_by_condition, same_answer, score_masks, text_metrics
+from evaluate import (
+    count_hidden_texts,
+    image_pmi,
+    images_by_condition,
+    same_answer,
+    score_masks,
+    text_metrics,
+)
 from reward import ClipScorer, Reward
 
 FAMILY = "qwen2_5_vl"
@@ -141,9 +148,10 @@ def test_prior_reliance_is_the_share_of_answers_that_another_image_does_not_chan
             "prior_reliance, rare text": 100 / 3,
         }
     )
-    # without an answer there is nothing that could be the same
-    assert same_answer("red", "red") == 0
-    assert same_answer(completion("red"), "red") == 0
+    # without an answer there is nothing to compare
+    assert same_answer("red", "red") is None
+    assert same_answer(completion("red"), "red") is None
+    assert score_masks([{"unit": "x", "frequency": 1}]) == {}
 
 
 def test_to_rely_less_on_the_prior_is_a_gain():
@@ -152,6 +160,16 @@ def test_to_rely_less_on_the_prior_is_a_gain():
     gain = paired_difference(score_masks, after, before)["prior_reliance"]
     assert (gain["value"], gain["verdict"]) == (-100, "gain")
     assert paired_difference(score_masks, before, after)["prior_reliance"]["verdict"] == "loss"
+
+
+def test_the_frequency_of_a_hidden_text_counts_captions_once():
+    """Two masks of one caption, and one of another that says the same."""
+    masks = []
+    for masked, answer in (("A [MASK]. A dog.", "red dog"), ("A red dog. A [MASK].", "dog")):
+        masks.append({"id": "a", "masked_caption": masked, "answer": answer})
+    masks.append({"id": "b", "masked_caption": "A [MASK] sat.", "answer": "big dog"})
+    count_hidden_texts(masks)
+    assert [mask["frequency"] for mask in masks] == [1, 2, 1]
 
 
 # ---------------------------------------------------------------- the real script
@@ -197,6 +215,6 @@ def test_each_condition_answers_as_a_run_whose_real_images_are_those(stage, chec
         by_condition.setdefault(prediction["condition"], []).append(prediction)
     for real, shuffled in zip(by_condition["real"], by_condition["shuffled"]):
         same = same_answer(real["prediction"], shuffled["prediction"])
-        assert real["prior_reliance"] == same and "prior_reliance" not in shuffled
+        assert real.get("prior_reliance") == same and "prior_reliance" not in shuffled
         # "It is a dog." holds "dog", and no other caption does
         assert real["frequency"] == 1
