@@ -14,7 +14,8 @@ What OUT/study.json holds, every number as {values (one per seed), mean, std}:
                         in their stereotype colour
     masks               the metrics of arms by what a policy was trained on, and by the kind of
                         masks that it is judged on
-    prior_reliance      its rank correlation with the stereotype rate over the arms of a world
+    prior_reliance      its rank correlation with the stereotype rate, over all arms of a world and
+                        over the able ones: those with half of the base's exact matches or more
     questions           scores on val.tsv of base and MMRPT, after a short tuning on questions
     dependency, rules   what the scores of stage 1 find, and what the masks of each rule hit
     probe               by model: layers (D_vis of each alone), and patches (metrics with 1, 2 or 4
@@ -79,10 +80,20 @@ def arm_metrics(folder, truth):
 
 
 def prior_vs_stereotype(arms):
-    """Does prior_reliance, which knows no truth, rank the arms as the stereotype rate does?"""
-    prior = [metrics["prior_reliance"] for metrics in arms.values()]
-    stereotype = [metrics["stereotype_rate"] for metrics in arms.values()]
-    return {"rank_correlation": spearman(prior, stereotype)}
+    """Does prior_reliance, which knows no truth, rank the arms as the stereotype rate does?
+
+    able: over the arms with at least half of the base's exact matches with the truth. One that
+    collapses to a word names no stereotype, and says the same whatever it sees.
+    """
+
+    def rank_correlation(judged):
+        prior = [metrics["prior_reliance"] for metrics in judged]
+        stereotype = [metrics["stereotype_rate"] for metrics in judged]
+        return {"rank_correlation": spearman(prior, stereotype)}
+
+    least = arms.get("base", {}).get("exact_match_truth", 0) / 2
+    able = [metrics for metrics in arms.values() if metrics["exact_match_truth"] >= least]
+    return {"all": rank_correlation(list(arms.values())), "able": rank_correlation(able)}
 
 
 def world_results(folder):

@@ -111,10 +111,25 @@ def arm_label(name):
 def arms_section(results):
     note = (
         "Same base, updates, images and judge. mmrpt: the defaults (spans, both components, "
-        "relative to the group's answers, grpo). Every other arm changes what its flags say."
+        "relative to a pool, grpo). Every other arm changes what its flags say."
     )
     arms = {arm_label(name): numbers for name, numbers in results.get("arms", {}).items()}
     return table_section("What makes the difference?", note, arms, ARM_SCORES)
+
+
+def prior_section(results):
+    note = (
+        "Prior reliance knows no truth. Its rank correlation with the stereotype rate, over all arms "
+        "of a world, and over the able ones: those with at least half of the base's exact matches."
+    )
+    title = "Does prior reliance follow the stereotype rate?"
+    return table_section(title, note, results.get("prior_reliance", {}), ["rank_correlation"])
+
+
+def questions_section(results):
+    note = "Multiple choice about painted colours, after a short tuning on questions."
+    rows = results.get("questions", {})
+    return table_section("And on questions?", note, rows, ["accuracy", "circular"])
 
 
 def masks_section(results):
@@ -225,6 +240,8 @@ def write_study_page(out, results):
     """Writes OUT/study.html: study.json as tables and figures, then curves and examples."""
     sections = [
         arms_section(results),
+        prior_section(results),
+        questions_section(results),
         masks_section(results),
         bias_section(results),
         *dependency_sections(results),

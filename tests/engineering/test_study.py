@@ -61,7 +61,7 @@ def test_arms_are_judged_by_the_truth_and_by_what_a_shuffled_image_leaves(tmp_pa
     results = world_results(tmp_path)
     assert results["arms"] == {"mmrpt": expected}
     # one arm has no rank
-    assert math.isnan(results["prior_reliance"]["rank_correlation"])
+    assert math.isnan(results["prior_reliance"]["all"]["rank_correlation"])
 
     (tmp_path / "teacher.json").write_text('{"exact_match_truth": 0.9}')
     assert list(world_results(tmp_path)["arms"]) == ["mmrpt", "clip"]
@@ -104,10 +104,20 @@ def test_a_kill_between_clip_and_what_it_knows_costs_no_second_clip(tmp_path, mo
 
 def test_prior_reliance_is_compared_with_the_stereotype_rate_over_the_arms():
     arms = {}
-    for name, prior, stereotype in (("base", 0.3, 0.5), ("sft", 0.4, 0.4), ("mmrpt", 0.1, 0.1)):
-        arms[name] = {"prior_reliance": prior, "stereotype_rate": stereotype}
+    for name, *values in (
+        ("base", 0.4, 0.3, 0.5),
+        ("sft", 0.5, 0.4, 0.4),
+        ("mmrpt", 0.6, 0.1, 0.1),
+        # collapsed to one word
+        ("prefix", 0.1, 0.9, 0.0),
+    ):
+        names = ("exact_match_truth", "prior_reliance", "stereotype_rate")
+        arms[name] = dict(zip(names, values))
+    correlations = prior_vs_stereotype(arms)
     # ranks 2 3 1 and 3 2 1
-    assert prior_vs_stereotype(arms)["rank_correlation"] == pytest.approx(0.5)
+    assert correlations["able"]["rank_correlation"] == pytest.approx(0.5)
+    # ranks 2 3 1 4 and 4 3 2 1
+    assert correlations["all"]["rank_correlation"] == pytest.approx(-0.4)
 
 
 # ---------------------------------------------------------------- commands

@@ -192,6 +192,9 @@ def test_contrast_within_a_group_is_a_distribution_over_distinct_answers_and_the
     # "a" counts once
     assert p.tolist() == pytest.approx([1 / 8, 3 / 8, 1 / 8, 4 / 8])
     torch.testing.assert_close(contest(scores + 50, texts), p)
+    # and so does a text that another one differs from in case or a full stop
+    p = contest(torch.tensor([math.log(2), math.log(2), 0.0]), ["A b", "a b.", "c"])
+    assert p.tolist() == pytest.approx([2 / 3, 2 / 3, 1 / 3])
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from toy.metrics import (
     mask_metrics,
     prediction_metrics,
     rule_metrics,
+    sentence_at,
 )
 from toy.questions import colour_questions
 from toy.world import COLOURS, GENERAL_SENTENCES, STEREOTYPE, make_world, sample_pair
@@ -237,6 +238,15 @@ def test_questions_are_answered_by_the_caption_or_by_the_truth(tmp_path):
         for question, (_, thing) in zip(questions, objects):
             assert "[MASK]" in question.sentence and thing["place"] in question.sentence
             assert thing["colour"] not in question.sentence
+
+
+def test_a_mask_belongs_to_the_sentence_that_it_shares_most_characters_with():
+    """Not to the one whose middle is nearest: the end of a long sentence is nearer to the next."""
+    long, short = {"start": 0, "end": 50}, {"start": 51, "end": 58}
+    truth = {"sentences": [long, short]}
+    assert sentence_at(truth, 42, 50) is long
+    assert sentence_at(truth, 48, 55) is short
+    assert sentence_at(truth, 0, 49) is long
 
 
 def test_truth_is_json_with_the_fields_of_the_docstring(tmp_path):
