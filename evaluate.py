@@ -17,10 +17,9 @@ how much the model relies on it. Each prediction has these metrics:
                     brevity penalty; always against the real image, whatever image the model was
                     shown
     format_ok       1 if the completion has the form <think>...</think><answer>...</answer>
-    prior_reliance  1 if the model gives the same answer with the image of another record; only if
-                    both can be read. Lower is better, and no truth is needed. Also reported for
-                    frequent hidden texts (those that occur in more captions than the median one)
-                    and for rare ones (all others)
+    prior_reliance  1 if the model gives the same answer with the image of another record, if both
+                    can be read; lower is better, and no truth is needed. Also for frequent hidden
+                    texts (in more captions than the median one) and for rare ones (all others)
 
 exact_match compares with the caption, which may be wrong; toy_world.py knows the truth and measures
 against it too. Scores are percentages with a 95% bootstrap interval over captions, since masks of
@@ -144,15 +143,13 @@ def score_masks(predictions):
         if measured:
             scores[metric] = (100, [share(measured, metric)], measured)
 
-    with_other = [p for p in predictions if "prior_reliance" in p]
-    if with_other:
-        median = statistics.median(p["frequency"] for p in with_other)
-        frequent = [p for p in with_other if p["frequency"] > median]
-        rare = [p for p in with_other if p["frequency"] <= median]
-        for name, part in (("frequent", frequent), ("rare", rare)):
-            if part:
-                ratio = share(part, "prior_reliance")
-                scores[f"prior_reliance, {name} text"] = (100, [ratio], part)
+    compared = [p for p in predictions if "prior_reliance" in p]
+    median = statistics.median([p["frequency"] for p in compared] or [0])
+    frequent = [p for p in compared if p["frequency"] > median]
+    rare = [p for p in compared if p["frequency"] <= median]
+    for name, part in (("frequent", frequent), ("rare", rare)):
+        if part:
+            scores[f"prior_reliance, {name} text"] = (100, [share(part, "prior_reliance")], part)
     return scores
 
 

@@ -13,7 +13,7 @@ class Size(NamedTuple):
     base_steps: int = 950
     clip_steps: int = 400
     scored: int = 1200
-    updates: int = 100
+    updates: int = 150
     judged: int | None = None
 
 

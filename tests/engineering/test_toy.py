@@ -165,7 +165,7 @@ def test_the_commands_of_the_first_run_are_the_recipes_and_little_more():
     assert commands["evaluate mmrpt"] == [
         "evaluate.py",
         "@recipes/toy/evaluate.txt",
-        *("--model", "runs/toy/mmrpt/checkpoint-100"),
+        *("--model", "runs/toy/mmrpt/checkpoint-150"),
         *("--compare", "runs/toy/eval_base"),
         *("--out", "runs/toy/eval_mmrpt"),
     ]
