@@ -302,7 +302,7 @@ def print_summary(args, counts, sentences):
     line = f"{len(masks)} of {len(sentences)} sentences masked: rule {args.threshold}, tau {tau}"
     if args.select == "random":
         line = f"{len(masks)} random masks, as many and as long as {args.threshold} would make"
-    print(f"{line}. A mask hides {np.mean(shares):.0%} of its caption on average.")
+    print(f"{line}. On average a mask hides {np.mean(shares):.0%} of a caption.")
 
     checked = [s for s in sentences if "ablation" in s]
     if checked:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import open_clip
 import torch
+from tqdm import tqdm
 
 from common.captions import load_image
 from common.records import BadRecord, fail
@@ -69,7 +70,7 @@ class Clip:
     def report_truncated(self):
         """Says how many texts may have lost their ends, if any."""
         if self.truncated:
-            print(f"{self.truncated} texts filled CLIP's context: what was cut is not judged")
+            tqdm.write(f"{self.truncated} texts filled CLIP's context: what was cut is not judged")
 
 
 def load_other_images(records, root, max_pixels, count):

@@ -24,7 +24,7 @@ from toy.world import load_truth, load_world_image
 
 WEIGHTS = {"semantic": 1.0, "visual": 1.5}
 GROUP = 8
-LENGTH = 24
+LENGTH = 20
 
 
 class Model:
