@@ -8,6 +8,8 @@ tokens instead of G (P + S). Prior art: Prefix Grouper (2506.05433), Tree Traini
 """
 
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,17 +43,38 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, *
     return out.view(B, H, n, d).transpose(1, 2).contiguous(), None
 
 
+class Medium(NamedTuple):
+    """What completions are made of: text tokens, or the codes of an image.
+
+    embed: ids -> (..., D). head: hidden states (..., D) -> logits (..., vocabulary). length: None
+    for text, which ends with one of stop_ids; an image has exactly so many codes. banned_ids are
+    never sampled. guidance s: the logits are u + s (c - u), of the prompt (c) and of an empty one
+    (u); at 1 there is no u.
+    """
+
+    embed: Callable
+    head: Callable
+    length: int | None = None
+    stop_ids: tuple = ()
+    banned_ids: tuple = ()
+    guidance: float = 1.0
+
+    @property
+    def rows(self):
+        """Rows of a batch per completion: with guidance, an unconditional one stands beside it."""
+        return 1 if self.guidance == 1 else 2
+
+
 class Policy(nn.Module):
     """A vision-language model with a sampling temperature.
 
     DDP wraps it, so forward() does everything that needs a graph. The model stays in eval mode:
     dropout would make old and new log-probs differ.
 
-    eos_ids: ids that end a completion. suppressed_ids: ids that are never sampled, as an image
-    token would ask for pixels (trl#3847).
+    media: {"text": Medium}, and "image" of a model that draws.
     """
 
-    def __init__(self, model, processor, temperature=1.0):
+    def __init__(self, model, processor, temperature=1.0, guidance=1.0):
         super().__init__()
         AttentionInterface.register("grouped", grouped_attention)
         AttentionMaskInterface.register("grouped", sdpa_mask)
@@ -67,37 +90,64 @@ class Policy(nn.Module):
 
         eos = model.generation_config.eos_token_id
         eos = eos if isinstance(eos, list) else [eos]
-        self.eos_ids = sorted({processor.tokenizer.eos_token_id, *eos} - {None})
-
+        eos = sorted({processor.tokenizer.eos_token_id, *eos} - {None})
         names = ("image_token_id", "video_token_id", "vision_start_token_id")
-        suppressed = [getattr(model.config, name, None) for name in names]
-        self.suppressed_ids = [i for i in suppressed if i is not None]
+        # an image token would ask for pixels (trl#3847)
+        banned = [getattr(model.config, name, None) for name in names]
+        banned = [token for token in banned if token is not None]
+        embed = model.get_input_embeddings()
+        self.media = {"text": Medium(embed, model.lm_head, None, eos, banned)}
+        if "image" in getattr(model, "output_modalities", ()):
+            embed = model.prepare_embeddings_for_image_generation
+            length = model.config.vision_config.num_image_tokens
+            head = model.model.generation_head
+            self.media["image"] = Medium(embed, head, length, guidance=guidance)
 
-    def forward(self, batch, group, uniforms=None, ids=None, mask=None):
+    @property
+    def eos_ids(self):
+        """Ids that end a text."""
+        return self.media["text"].stop_ids
+
+    @property
+    def suppressed_ids(self):
+        """Ids that are never sampled in a text."""
+        return self.media["text"].banned_ids
+
+    def forward(self, batch, group, uniforms=None, ids=None, mask=None, medium="text"):
         """One pass over B prompts, then their completions: sampled, or given and only scored.
 
         batch: join_prompts(). group: G. uniforms: (B*G, S) in [0, 1), one per token, decide what
         is sampled; or ids and mask (B*G, S) are given. Returns ids, mask (B*G, S), where the mask
         ends with the first eos token, and logps and entropy (B*G, S) in nats, with a graph.
+
+        The G images of a group do not lie in one row, whose attention would cost (G S)^2: their
+        prompt is short, and is repeated.
         """
         began = time.time()
+        rows = self.media[medium].rows
+        if self.media[medium].length:
+            batch = repeat_prompts(batch, group)
+            group = 1
+        if rows == 2:
+            batch = self.with_unconditional(batch)
         prompt_end, cache = self.prefill(batch)
         if ids is None:
             # autocast keeps its casts of weights: the first one must not be under no_grad
-            self.logits(prompt_end)
-            ids, mask = self.sample(batch, prompt_end, cache, uniforms)
+            self.logits(prompt_end, medium)
+            ids, mask = self.sample(batch, prompt_end, cache, uniforms, medium)
             self.rollout_seconds += time.time() - began
 
-        hidden = prompt_end.repeat_interleave(group, 0)  # (B*G, 1, D): it predicts the first token
+        # (B*G, 1, D), where B counts unconditional rows too: it predicts the first token
+        hidden = prompt_end.repeat_interleave(group, 0)
         S = ids.shape[1] - 1
         if S:
-            completions = ids[:, :-1].reshape(-1, group * S)
+            completions = ids[:, :-1].repeat(rows, 1).reshape(-1, group * S)
             positions = response_positions(batch["position_ids"], S).repeat_interleave(group, -2)
             positions = positions.reshape(*batch["position_ids"].shape[:-1], group * S)
             causal_blocks = torch.block_diag(*torch.ones(group, S, S, device=ids.device).tril())
-            later = self.extend(batch, cache, completions, positions, causal_blocks.bool())
-            hidden = torch.cat([hidden, later.reshape(len(ids), S, -1)], 1)
-        logps, entropy = self.token_logps(hidden, ids)
+            later = self.extend(batch, cache, completions, positions, causal_blocks.bool(), medium)
+            hidden = torch.cat([hidden, later.reshape(len(hidden), S, -1)], 1)
+        logps, entropy = self.token_logps(hidden, ids, medium)
         return ids, mask, logps, entropy
 
     def prefill(self, batch):
@@ -111,7 +161,18 @@ class Policy(nn.Module):
             )
         return out.last_hidden_state[:, -1:], cache
 
-    def extend(self, batch, cache, ids, positions, block_mask):
+    def with_unconditional(self, batch):
+        """A batch of prompts of images, and below it the same with pads for all text, as
+        transformers' generate() has it: the pads are attended to."""
+        tokenizer = self.processor.tokenizer
+        begin_of_image = tokenizer.convert_tokens_to_ids(self.processor.image_start_token)
+        ids = batch["input_ids"]
+        is_kept = (ids == tokenizer.bos_token_id) | (ids == begin_of_image)
+        empty = ids.masked_fill(~is_kept, tokenizer.pad_token_id)
+        doubled = {name: torch.cat([tensor, tensor]) for name, tensor in batch.items()}
+        return doubled | {"input_ids": torch.cat([ids, empty])}
+
+    def extend(self, batch, cache, ids, positions, block_mask, medium="text"):
         """Hidden states (B, n, D) of n more tokens per prompt; `cache` grows by them.
 
         The completions of a group lie in one row: each sees the whole prompt and, by block_mask
@@ -122,7 +183,7 @@ class Policy(nn.Module):
         visible = torch.cat([prompt_mask, block_mask.expand(len(ids), 1, -1, -1)], -1)
         visible = visible.repeat(1, 1, self.heads_per_key, 1)  # (B, 1, H / H_kv * n, P + m)
         out = self.model.get_decoder()(
-            input_ids=ids,
+            inputs_embeds=self.media[medium].embed(ids),
             position_ids=positions,
             attention_mask=self._float_mask(visible),
             past_key_values=cache,
@@ -145,29 +206,36 @@ class Policy(nn.Module):
         mask = visible.new_zeros(*visible.shape[:-1], aligned, dtype=dtype)
         return mask[..., :columns].masked_fill_(~visible, float("-inf"))
 
-    def logits(self, hidden):
-        """(..., D) -> (..., vocabulary) in fp32, divided by the temperature.
+    def logits(self, hidden, medium="text"):
+        """(N, ..., D) -> (N / rows, ..., vocabulary) in fp32, guided, divided by the temperature.
 
         Policy, old and reference log-probs are divided alike (trl#3029).
         """
-        logits = self.model.lm_head(hidden).float() / (self.temperature or 1.0)
-        logits[..., self.suppressed_ids] = float("-inf")
+        medium = self.media[medium]
+        logits = medium.head(hidden).float()
+        if medium.rows == 2:
+            conditional, unconditional = logits.chunk(2)
+            logits = unconditional + medium.guidance * (conditional - unconditional)
+        logits = logits / (self.temperature or 1.0)
+        logits[..., medium.banned_ids] = float("-inf")
         return logits
 
-    def token_logps(self, hidden, ids):
-        """Log-probs of ids and entropies, both (B*G, S) in nats, of hidden states (B*G, S, D).
+    def token_logps(self, hidden, ids, medium="text"):
+        """Log-probs of ids and entropies, both (B*G, S) in nats, of hidden states (rows*B*G, S, D).
 
         fp32 logits exist for LOGITS_CHUNK tokens at a time, in the backward pass too.
         """
 
         def chunk_logps(hidden, ids):
-            logits = self.logits(hidden)
+            logits = self.logits(hidden, medium)[0]
             with torch.no_grad():
                 p = logits.softmax(-1)
                 entropy = -(p * p.clamp(min=1e-30).log()).sum(-1)
             return token_logps(logits[None], ids[None])[0], entropy
 
-        hidden_chunks = hidden.flatten(0, 1).split(LOGITS_CHUNK)
+        # (rows, B*G*S, D)
+        rows = self.media[medium].rows
+        hidden_chunks = hidden.reshape(rows, ids.numel(), -1).split(LOGITS_CHUNK, 1)
         ids_chunks = ids.flatten().split(LOGITS_CHUNK)
         chunks = [
             checkpoint(chunk_logps, *chunk, use_reentrant=False)
@@ -177,17 +245,18 @@ class Policy(nn.Module):
         return torch.cat(logps).view_as(ids), torch.cat(entropies).view_as(ids)
 
     @torch.no_grad()
-    def sample(self, batch, hidden, cache, uniforms):
+    def sample(self, batch, hidden, cache, uniforms, medium="text"):
         """Decodes, from what prefill() returned, until every completion has met an eos token.
 
         uniforms: (B*G, S). Each token inverts the CDF at its uniform, so that a rollout depends on
         nothing else; temperature 0 takes the argmax. Returns ids and mask (B*G, <= S).
         """
-        B = len(hidden)
+        rows = self.media[medium].rows
+        B = len(hidden) // rows
         group = len(uniforms) // B
         length = uniforms.shape[1]
         uniforms = uniforms.view(B, group, length)
-        eos_ids = torch.tensor(self.eos_ids, device=hidden.device)
+        stop_ids = torch.tensor(self.media[medium].stop_ids, device=hidden.device)
         positions = response_positions(batch["position_ids"], length)
         # a copy that grows: the update needs the cache of the prompt again
         cache = DynamicCache([(layer.keys, layer.values) for layer in cache.layers])
@@ -198,15 +267,16 @@ class Policy(nn.Module):
         mask = []
         unfinished = torch.ones(B, group, dtype=torch.bool, device=hidden.device)
         for s in range(length):
-            token = self._sample_token(self.logits(hidden), uniforms[..., s])
+            token = self._sample_token(self.logits(hidden, medium), uniforms[..., s])
             ids.append(token)
             mask.append(unfinished.long())
-            unfinished = unfinished & ~torch.isin(token, eos_ids)
+            unfinished = unfinished & ~torch.isin(token, stop_ids)
             if s + 1 == length or not unfinished.any():
                 break
             position = positions[..., s : s + 1].expand(*positions.shape[:-1], group)
             visible = block_mask[:, : group * (s + 1)]
-            hidden = self.extend(batch, cache, token, position, visible)
+            tokens = token.repeat(rows, 1)
+            hidden = self.extend(batch, cache, tokens, position, visible, medium)
         return torch.stack(ids, -1).flatten(0, 1), torch.stack(mask, -1).flatten(0, 1)
 
     def _sample_token(self, logits, uniforms):
@@ -223,6 +293,11 @@ class Policy(nn.Module):
         token = torch.searchsorted(cdf, threshold, right=True)
         token = token.clamp(max=cdf.shape[-1] - 1)  # NaN: any token
         return token.reshape(B, group)
+
+
+def repeat_prompts(batch, group):
+    """The inputs of join_prompts() with each of B prompts `group` times in a row."""
+    return {name: tensor.repeat_interleave(group, 0) for name, tensor in batch.items()}
 
 
 def decode(processor, ids, mask):

@@ -164,7 +164,8 @@ def encode_responses(processor, texts, device, eos=None):
         encoded = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         if not text or not encoded.input_ids:
             raise BadRecord("the text is empty")
-        if processor.image_token_id in encoded.input_ids:
+        # Janus's processor knows the token, but not its id
+        if processor.tokenizer.convert_tokens_to_ids(processor.image_token) in encoded.input_ids:
             raise BadRecord(f"the text contains the image token {processor.image_token}")
         ids = list(encoded.input_ids)
         if eos is not None:

@@ -28,6 +28,9 @@ from transformers import (
     InternVLConfig,
     InternVLProcessor,
     InternVLVideoProcessor,
+    JanusConfig,
+    JanusImageProcessor,
+    JanusProcessor,
     LlavaOnevisionConfig,
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
@@ -43,7 +46,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "idefics3", "internvl", "llava_onevision")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "idefics3", "internvl", "llava_onevision", "janus")
 # pixels: image side and patch side of the families of a fixed size, patch side of Qwen
 SIDE = 32
 PATCH = 8
@@ -87,6 +90,12 @@ TOKENS = {
         ],
         "<image>",
     ),
+    "janus": (
+        "<|pad|>",
+        "<|end_of_sentence|>",
+        ["<|begin_of_sentence|>", "<image_placeholder>", "<begin_of_image>", "<end_of_image>"],
+        "<image_placeholder>\\n",
+    ),
     "internvl": ("<|endoftext|>", "<|im_end|>", ["<|im_start|>"], "<IMG_CONTEXT>\\n"),
     "llava_onevision": (
         "<|endoftext|>",
@@ -124,6 +133,13 @@ def tokenizer_of(family):
         bpe.decoder = decoders.ByteLevel()
         special["bos_token"] = "<|begin_of_text|>"
         return PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+    if family == "janus":
+        special["bos_token"] = "<|begin_of_sentence|>"
+        special["model_specific_special_tokens"] = {
+            "image_token": "<image_placeholder>",
+            "boi_token": "<begin_of_image>",
+            "eoi_token": "<end_of_image>",
+        }
     if family == "internvl":
         # its processor reads these names off the tokenizer
         special["model_specific_special_tokens"] = {
@@ -191,6 +207,9 @@ def processor_of(family, tokenizer):
         return InternVLProcessor(
             image, tokenizer, video, image_seq_length=4, chat_template=template
         )
+    if family == "janus":
+        image = JanusImageProcessor(size=square)
+        return JanusProcessor(image, tokenizer, chat_template=template, num_image_tokens=16)
     # one pinpoint: a lone image is its overview and one crop of its aspect ratio; of several
     # images each is one padded square
     image = LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=[[SIDE, SIDE]])
@@ -234,6 +253,9 @@ def config_of(family, tokenizer):
         image_token = ids("<image>")
         return Idefics3Config(text_config=text, vision_config=vision, image_token_id=image_token)
 
+    if family == "janus":
+        return janus_config(text, vision, ids)
+
     text["model_type"] = "qwen2"
     if family == "internvl":
         # the only one here with tied embeddings; its default layer scale 0.1 would mute a layer
@@ -274,6 +296,28 @@ def qwen_config(family, text, vision, ids):
     text["head_dim"] = 16
     vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
     return Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)
+
+
+def janus_config(text, vision, ids):
+    """The config of a Janus: 16 visual tokens in, and 16 codes of 48 out."""
+    del vision["intermediate_size"]
+    codes = {
+        "num_embeddings": 48,
+        "embed_dim": 8,
+        "base_channels": 32,
+        "latent_channels": 32,
+        # three halvings: as many pixels a code as a patch
+        "channel_multiplier": [1, 1, 1, 1],
+        "num_res_blocks": 0,
+        "projection_dim": 64,
+        "image_token_embed_dim": 64,
+    }
+    return JanusConfig(
+        text_config={**text, "model_type": "llama"},
+        vision_config={**vision, "projection_dim": 64, "num_image_tokens": 16},
+        vq_config=codes,
+        image_token_id=ids("<image_placeholder>"),
+    )
 
 
 def build(family, folder, seed=0):

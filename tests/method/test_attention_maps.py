@@ -119,7 +119,8 @@ def assert_cells_lie_where_they_say(model, processor, size):
     return rows, columns, first, len(before)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Janus pads an oblong image to a square, so its cells are not those of the image
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "janus"])
 @torch.no_grad()
 def test_what_changes_in_a_cell_of_the_image_changes_the_token_of_that_cell(checkpoint, family):
     """Through the real processor and vision tower, for every cell of an oblong image."""

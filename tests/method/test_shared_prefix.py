@@ -206,9 +206,9 @@ def test_logits_in_chunks_give_what_all_at_once_give_and_never_exist_together(po
     logits = policy.logits
     sizes = []
 
-    def measured_logits(hidden):
+    def measured_logits(hidden, medium):
         sizes.append(hidden[..., 0].numel())
-        return logits(hidden)
+        return logits(hidden, medium)
 
     policy.logits = measured_logits
     results = []
@@ -328,7 +328,8 @@ def test_decoding_stops_when_every_completion_has_ended(policy):
     batch = encode(policy)
     ids, _ = policy.sample(batch, *policy.prefill(batch), uniforms(length=20))
     # so that all end within three tokens
-    policy.eos_ids = sorted({*policy.eos_ids, *ids[:, :3].flatten().tolist()})
+    stop_ids = [*policy.eos_ids, *ids[:, :3].flatten().tolist()]
+    policy.media["text"] = policy.media["text"]._replace(stop_ids=stop_ids)
     again, mask = policy.sample(batch, *policy.prefill(batch), uniforms(length=20))
     assert again.shape[1] <= 3
     assert (again == ids[:, : again.shape[1]]).all()
@@ -347,7 +348,8 @@ def test_logits_that_are_not_numbers_end_in_ids_of_the_vocabulary(policy):
 @pytest.mark.parametrize("policy", FAMILIES[:2], indirect=True)
 def test_the_largest_uniform_samples_a_token_that_can_be_sampled(policy):
     size = policy.model.config.get_text_config().vocab_size
-    policy.suppressed_ids = [*policy.suppressed_ids, *range(size - 5, size)]
+    banned_ids = [*policy.suppressed_ids, *range(size - 5, size)]
+    policy.media["text"] = policy.media["text"]._replace(banned_ids=banned_ids)
     largest = torch.full((2 * G, S), 1 - 2**-24)  # that torch.rand can give
     ids, mask, logps, _ = policy(encode(policy), G, largest)
     assert not torch.isin(ids, torch.tensor(policy.suppressed_ids)).any()
