@@ -316,6 +316,8 @@ def test_a_killed_study_leaves_no_job_behind_and_continues(how, tmp_path, make_j
     jobs = make_jobs({"a": ([], 0), "slow": (["a"], 600)})
     code = (
         f"import json, pathlib, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        # a shell's background job ignores it
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from toy import commands\n"
         "from toy.commands import Job, run_jobs\n"
         "commands.PRELOAD = ['toy.commands']\n"

@@ -431,14 +431,14 @@ def test_a_full_disk_ends_training_in_one_line_and_spares_the_checkpoint(
     out = tmp_path / "run"
     files = [*straight.glob("*.*"), *(straight / "checkpoint-6").iterdir()]
     sizes = {path.name: path.stat().st_size for path in files}
-    assert 400 < sizes["run.json"] < sizes["metrics.jsonl"] // 2
+    most_logs = sizes["metrics.jsonl"] * 2 // 3
+    assert 400 < sizes["run.json"] < most_logs
     assert sizes["model.safetensors"] < sizes["trainer.pt"]
 
-    half_logs = sizes["metrics.jsonl"] // 2
     half_weights = sizes["model.safetensors"] // 2
     disks = [
         (400, "run.json", 2),
-        (half_logs, "(metrics.jsonl|samples.txt)", 100),
+        (most_logs, "(metrics.jsonl|samples.txt)", 100),
         (half_weights, "checkpoint-2", 2),
     ]
     for size, name, save_every in disks:

@@ -431,7 +431,7 @@ def weights(out):
 METRIC_FLAGS = {
     "--temperature 0.5": ("entropy", ""),
     "--seed 3": ("completion_tokens", ""),
-    "--relative pool": ("reward_visual reward", "reward_semantic entropy"),
+    "--relative answers": ("reward_visual reward", "reward_semantic entropy"),
     "--relative images": ("reward_visual reward", "reward_semantic entropy"),
     "--relative none": ("reward_visual reward", "reward_semantic entropy"),
     "--credit exact": ("reward_semantic reward", "reward_visual entropy"),
