@@ -32,9 +32,9 @@ paired. A .tsv is a benchmark of VLMEvalKit: see benchmarks/.
     torchrun --nproc_per_node 8 evaluate.py --model ... --data ... --out ...
 
 in:   JSONL of build_masks.py, or a .tsv
-out:  OUT/predictions.jsonl: {id, image, sentence, start, end, answer, frequency (the number
-      of captions in --data that contain the hidden text), condition, prediction, and the metrics above}; if no other image is
-      readable, there is no shuffled prediction
+out:  OUT/predictions.jsonl: {id, image, sentence, start, end, answer, frequency (captions
+      in --data that contain the hidden text), condition, prediction, and the metrics above};
+      if no other image is readable, there is no shuffled prediction
       OUT/results.json: {model, data, kind, records, written, skipped,
       real: {metric: {value, low, high, n, unparsed}}, blank, shuffled,
       gain_over_*: {metric: {value, low, high, n, verdict}}, compared: {condition: {metric: ...}}}

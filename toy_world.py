@@ -99,11 +99,14 @@ def measure(out):
 
 def print_results(out, results):
     """The table, at most 100 columns wide."""
+    published = results["dependency_auroc"]
+    precision = results["mask_precision"]
+    recall = results["mask_recall"]
     print(
         "\nStage 1 separates sentences that need the image from others with an AUROC of "
-        f"{results['dependency_auroc_corrected']:.3f}\n(D_vis as published: "
-        f"{results['dependency_auroc']:.3f}). Stage 2: {results['mask_precision']:.0%} of the masks "
-        f"lie in such a sentence, and\n{results['mask_recall']:.0%} of such sentences have a mask.\n"
+        f"{results['dependency_auroc_corrected']:.3f}\n(D_vis as published: {published:.3f}). "
+        f"Stage 2: {precision:.0%} of the masks lie in such a sentence, and\n{recall:.0%} of such "
+        "sentences have a mask.\n"
     )
     print(f"{'held-out masks':36s}{'base':>8s}{'SFT':>8s}{'MMRPT':>8s}")
     for metric, label, remark in (

@@ -32,14 +32,14 @@ class Stage(NamedTuple):
 
 ABOUT = {
     "base": "The model to be trained: it learns to caption images and to fill in hidden words.",
-    "clip": "CLIP, the judge of the visual reward: it learns which sentence belongs to which image.",
+    "clip": "CLIP, the judge of the visual reward: it learns which text belongs to which image.",
     "score train": "Stage 1. Which sentences of the training captions need the image?",
     "score val": "Stage 1 for the held-out captions.",
     "mask train": "Stage 2. Hide what needs the image, in the training captions.",
     "mask val": "Stage 2 for the held-out captions.",
     "train sft": "The baseline: imitate the hidden text, lies included (SFT).",
     "train mmrpt": "Stages 3 and 4. Reward answers that fit the image, and train on that by GRPO.",
-    "evaluate base": "Stage 5. The base fills held-out masks, seeing the image, a grey one, or another.",
+    "evaluate base": "Stage 5. The base fills held-out masks over the image, a grey one, another.",
     "evaluate sft": "Stage 5 for the model trained by SFT.",
     "evaluate mmrpt": "Stage 5 for the model trained by MMRPT.",
 }

@@ -3,8 +3,8 @@
     python toy_world.py --study    # about an hour on two cores; a killed study continues
 
 A world for every seed: all arms start from one base and are judged on one set of masks; policies
-are judged on masks of other kinds as well; D_vis is probed; robustness is tested after SFT; base and
-MMRPT are tuned on questions. And for every other bias a world with a few arms (BIAS_ARMS).
+are judged on masks of other kinds as well; D_vis is probed; robustness is tested after SFT; base
+and MMRPT are tuned on questions. And for every other bias a world with a few arms (BIAS_ARMS).
 
 What OUT/study.json holds, every number as {values (one per seed), mean, std}:
 
