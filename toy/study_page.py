@@ -120,7 +120,8 @@ def arms_section(results):
 def prior_section(results):
     note = (
         "Prior reliance knows no truth. Its rank correlation with the stereotype rate, over all "
-        "arms of a world, and over the able ones: those with at least half of the base's exact matches."
+        "arms of a world, and over the able ones: those with at least half of the base's exact "
+        "matches."
     )
     title = "Does prior reliance follow the stereotype rate?"
     return table_section(title, note, results.get("prior_reliance", {}), ["rank_correlation"])
