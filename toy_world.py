@@ -2,7 +2,7 @@
 
     python toy_world.py                                # world, models, all five stages, the table
     python toy_world.py --bias 0.8 --out runs/bias08   # captions that lie more often
-    python toy_world.py --small --out runs/small       # a minute: does everything run?
+    python toy_world.py --small --out runs/small       # half a minute: does it all run?
     python toy_world.py --study                        # what makes the difference? About an hour
 
 An image holds two or three shapes. Its caption mixes sentences that need the image with general
