@@ -49,10 +49,10 @@ from PIL import Image
 
 from benchmarks.registry import BENCHMARKS
 from benchmarks.run import BENCHMARK_CONDITIONS, run_benchmark
-from build_masks import read_masks
 from common.answers import brevity_penalty, exact_match
 from common.captions import image_root, load_image
 from common.clip import load_other_images
+from common.masks import read_masks
 from common.policy import Policy, generate
 from common.ranks import setup_distributed
 from common.records import BadRecord, fail, fingerprint

@@ -8,10 +8,10 @@ and the advantage A per completion (reward.py, equation 2):
     KL        = exp(ref - logp) - (ref - logp) - 1        k3, of a frozen reference            (4)
     loss      = - sum over completions and tokens  u objective / N                             (5)
 
-               u                      N                              (2) divides by std
-    grpo       1 / completion length  completions of the step        yes     arXiv 2402.03300
-    dr_grpo    1                      completions * max-new-tokens   no      arXiv 2503.20783
-    dapo       1                      tokens of the step             yes     arXiv 2503.14476
+               u                      N                         (2) divides by std
+    grpo       1 / completion length  completions of the step   yes     arXiv 2402.03300
+    dr_grpo    1 / max-new-tokens     completions of the step   no      arXiv 2503.20783
+    dapo       1                      tokens of the step        yes     arXiv 2503.14476
 
 N counts the whole step over all ranks: each micro-batch backpropagates an undivided sum, and the
 accumulated gradient is divided by N once, before the update. With --loss grpo, one update per
@@ -32,19 +32,18 @@ Ours: reward components are normalised one by one (reward.py); the prompt of a g
 import copy
 import functools
 import time
-from argparse import BooleanOptionalAction
 
 import torch
 
-from build_masks import load_masks
 from common.captions import image_root, load_image
+from common.masks import load_masks
 from common.policy import Policy, decode, freeze_unused
 from common.prompts import Example, Prompts
 from common.ranks import setup_distributed
 from common.records import fail
 from common.rollout import Rollout, reference_logps, run_policy
 from common.run import open_run, settings_of
-from common.stage import make_parser, non_negative, parse, positive_int, prefetch, run_script
+from common.stage import make_parser, parse, prefetch, run_script
 from common.step_log import count, log_samples, step_metrics, step_seconds
 from common.training import (
     StepSums,
@@ -54,8 +53,10 @@ from common.training import (
     set_gradient_sync,
     update,
     wrap_for_ranks,
+    zero_anchor,
     zero_gradients,
 )
+from common.training_flags import add_training_flags, check_training_flags
 from common.vlm import chat_prompt, encode_prompt, encode_responses, join_prompts, load_vlm
 from reward import FILL_PROMPT, add_reward_flags, advantages, load_reward, target_completion
 
@@ -93,20 +94,30 @@ def imitation_objective(logps, mask):
     return logps * mask, zeros, zeros
 
 
-def token_weights(mask, loss):
+def weighting(args, tasks):
+    """The row of the table above, or sft, which is that of dapo.
+
+    Imitation of two tasks weighs completions alike: an image has more codes than a phrase tokens.
+    """
+    if args.objective == "sft" and len(tasks) == 1:
+        return "sft"
+    return args.loss
+
+
+def token_weights(mask, loss, max_length):
     """u of equation (5), the weight of each token: (B*G, S) in fp32."""
     mask = mask.float()
     if loss == "grpo":
         return mask / mask.sum(1, keepdim=True).clamp(min=1)
+    if loss == "dr_grpo":
+        return mask / max_length
     return mask
 
 
-def loss_normaliser(loss, completions, tokens, max_new_tokens):
+def loss_normaliser(loss, completions, tokens):
     """N of equation (5), from the counts of the whole step over all ranks."""
-    if loss == "grpo":
+    if loss in ("grpo", "dr_grpo"):
         return completions
-    if loss == "dr_grpo":
-        return completions * max_new_tokens
     return tokens  # dapo, and sft
 
 
@@ -119,14 +130,14 @@ def train(policy, reference, tasks, args, run):
     tasks: FillMask below shows their methods. reference: a frozen Policy for the KL, or None.
     """
     is_sft = args.objective == "sft"
-    loss_kind = "sft" if is_sft else args.loss
+    kind = weighting(args, tasks)
     net = wrap_for_ranks(policy, run.world)
     # a rank without prompts runs a copy of the first, only so that DDP's collectives match
     is_idle = run.rank >= args.prompts_per_step
     optimizer = make_optimizer(policy, args.lr, shard=args.zero and run.world > 1)
     run.restore(optimizer)
 
-    load_step = functools.partial(micro_batches_of_step, tasks, args)
+    load_step = functools.partial(micro_batches_of_step, tasks, args, run.rank, run.world)
     for step, micro_batches in zip(run.steps(), prefetch(load_step, run.steps())):
         began = time.time()
         policy.rollout_seconds = 0.0
@@ -143,12 +154,12 @@ def train(policy, reference, tasks, args, run):
                 if is_sft:
                     rollouts[i] = Rollout(*task.sft_completions(examples))
                 is_new = rollouts[i] is None
-                rollout, logps, entropy = run_policy(net, batch, rollouts[i], examples, step, args)
+                rollout, logps, entropy = run_policy(net, batch, rollouts[i], task, examples, step)
 
                 # 2. Reward and advantage, once per rollout. The first update has rho = 1.
                 if is_new:
                     rollout.old_logps = logps.detach()
-                    rollout.ref_logps = reference_logps(reference, batch, rollout)
+                    rollout.ref_logps = reference_logps(reference, batch, rollout, task.medium)
                     judge(rollout, task, examples, args.loss)
                     log_samples(run, step, task, examples, rollout, args)
                     rollouts[i] = rollout
@@ -158,18 +169,19 @@ def train(policy, reference, tasks, args, run):
                     objective, kl, clipped = imitation_objective(logps, rollout.mask)
                 else:
                     objective, kl, clipped = grpo_objective(logps, rollout, args)
-                loss = -(objective * token_weights(rollout.mask, loss_kind)).sum()
+                u = token_weights(rollout.mask, kind, task.max_length)
+                loss = -(objective * u).sum() + zero_anchor(policy, tasks)
                 (loss * (not is_idle)).backward()
                 if not is_idle:
-                    count(sums, policy, batch, rollout, loss, entropy, kl, clipped)
+                    count(sums, policy, batch, rollout, task, loss, entropy, kl, clipped)
 
             # 4. One update for the whole step. DDP has averaged over ranks, hence the world.
             sums = sums.over_ranks()
-            N = loss_normaliser(loss_kind, sums["completions"], sums["tokens"], args.max_new_tokens)
+            N = loss_normaliser(kind, sums["completions"], sums["tokens"])
             grad_norm, is_finite = update(optimizer, sums["loss"], run.world / N, args)
             n_skipped += not is_finite
 
-        metrics = step_metrics(step, sums, N, tasks[0].weights)
+        metrics = step_metrics(step, sums, N, tasks)
         metrics |= {"grad_norm": grad_norm, "lr": args.lr, "skipped_update": n_skipped}
         run.log_step(metrics | step_seconds(began, policy, rollouts, sums))
         run.save_checkpoint(step, policy, optimizer)
@@ -189,30 +201,38 @@ def judge(rollout, task, examples, loss):
 
 
 class FillMask:
-    """The task of MMRPT: fill [MASK] from the image and the rest of the caption."""
+    """The task of MMRPT: fill [MASK] from the image and the rest of the caption.
 
-    def __init__(self, args, root, policy, rank, world):
+    records: of build_masks.py. places: of the prompts of a step, those of this task. scorer: a
+    Reward, or None for imitation.
+    """
+
+    name = "fill"
+    medium = "text"
+
+    def __init__(self, args, root, policy, records, places, scorer):
         self.args = args
         self.root = root
         self.policy = policy
+        self.max_length = args.max_new_tokens
         # a tokenizer cannot serve two threads ("Already borrowed")
         self.processor = copy.deepcopy(policy.processor)
-        self.prompts = Prompts(load_masks(args.data), self.encode, args, rank, world)
-        self.examples_of_step = self.prompts.examples_of_step
-        self.scorer = None
-        self.weights = {}
-        if args.objective == "grpo":
-            self.scorer = load_reward(args, self.prompts.records, root, policy)
-            self.weights = self.scorer.weights
+        self.prompts = Prompts(records, self.encode, places, args.seed)
+        self.scorer = scorer
+        self.weights = scorer.weights if scorer else {}
 
     def encode(self, place, record):
         image = load_image(self.root, record["image"], self.args.max_pixels)
         target, _, _ = encode_responses(self.processor, [target_completion(record)], "cpu")
-        room = max(self.args.max_new_tokens, target.shape[1] + 1)
+        room = max(self.max_length, target.shape[1] + 1)
         text = FILL_PROMPT.format(masked_caption=record["masked_caption"])
         prompt = chat_prompt(self.processor, text)
         encoded = encode_prompt(self.policy.model, self.processor, prompt, [image], room)
         return Example(place, record, image, encoded)
+
+    def tokens_of(self, prompt_tokens, group):
+        """Tokens of a pass over a prompt and its completions."""
+        return prompt_tokens + group * self.max_length
 
     def decode(self, ids, mask):
         """Completions as B lists of G texts."""
@@ -243,15 +263,19 @@ class FillMask:
         return repr(completion)
 
 
-def micro_batches_of_step(tasks, args, step):
-    """[(task, [Example, ...]), ...] of a step, each of at most --tokens-per-forward tokens."""
+def micro_batches_of_step(tasks, args, rank, world, step):
+    """[(task, [Example, ...]), ...] of a step, each of at most --tokens-per-forward tokens.
+
+    They are this rank's share; a rank without any gets a prompt, with weight 0.
+    """
     group = 1 if args.objective == "sft" else args.group_size
-    room = group * args.max_new_tokens
     micro_batches = []
     for task in tasks:
-        for examples in pack(task.examples_of_step(step), room, args.tokens_per_forward):
-            micro_batches.append((task, examples))
-    return micro_batches
+        examples = task.prompts.examples_of_step(step, rank, world)
+        tokens_of = functools.partial(task.tokens_of, group=group)
+        for part in pack(examples, tokens_of, args.tokens_per_forward):
+            micro_batches.append((task, part))
+    return micro_batches or [(tasks[0], [tasks[0].prompts.first()])]
 
 
 # ---------------------------------------------------------------- flags
@@ -264,52 +288,14 @@ def parse_args():
     add("--data", required=True, help="masks, of build_masks.py")
     add("--image-root", help="what image paths are relative to (the folder of --data)")
     add("--out", required=True, help="folder of the run")
-
-    # the method; RPT (2506.08007) is the closest relative whose settings are published
-    add("--objective", default="grpo", choices=("grpo", "sft"), help="sft: imitate (%(default)s)")
-    add("--loss", default="grpo", choices=("grpo", "dr_grpo", "dapo"), help="see the table above")
-    add("--steps", type=positive_int, default=500, help="in all (500: 16,000 prompts)")
-    add("--prompts-per-step", type=positive_int, default=32, help="of all ranks (32: common)")
-    add("--group-size", type=positive_int, default=8, help="G, completions per prompt (8, as RPT)")
-    add("--max-new-tokens", type=positive_int, default=256, help="(256: a thought and a phrase)")
-    add("--temperature", type=non_negative, default=0.8, help="of sampling (0.8, as RPT)")
-    add("--updates", type=positive_int, default=1, help="per rollout (default 1: on-policy)")
-    add("--lr", type=non_negative, default=1e-6, help="for billions of parameters (1e-6, as RPT)")
-    add("--beta", type=non_negative, default=0.0, help="weight of the KL (default 0, as RPT)")
-    add("--clip-eps", type=non_negative, nargs="+", default=[0.2], help="low [high] (0.2, as RPT)")
-    add("--max-grad-norm", type=non_negative, default=1.0, help="(%(default)s: common practice)")
-    add("--max-pixels", type=positive_int, default=1003520, help="per image: 1,280 tokens of 28^2")
-    add("--seed", type=int, default=0, help="of data order and sampling (%(default)s)")
+    add_training_flags(parser)
     add_reward_flags(parser)
-
-    # speed, duration and paths: these may change when a run is resumed
-    add("--tokens-per-forward", type=positive_int, default=4096, help="of a micro-batch (a group)")
-    add("--resume", action=BooleanOptionalAction, default=True, help="from the newest checkpoint")
-    add("--save-every", type=positive_int, default=50, help="steps per checkpoint (%(default)s)")
-    add("--log-every", type=positive_int, default=10, help="steps per printed line (%(default)s)")
-    add("--sample-every", type=positive_int, default=10, help="steps per sample (%(default)s)")
-    add("--keep", type=positive_int, default=2, help="newest checkpoints to keep (%(default)s)")
-    add("--zero", action="store_true", help="shard optimizer state over ranks (ZeRO-1)")
-    add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     args = parse(parser)
-    check_args(args)
-    return args
-
-
-def check_args(args):
-    """Ends the program for flags that cannot work; makes --reward a dict and --clip-eps a pair."""
     args.reward = dict(args.reward)
     if args.objective == "grpo" and not any(args.reward.values()):
         fail("--reward: all weights are 0, so nothing is rewarded")
-    if args.objective == "grpo" and args.group_size < 2:
-        fail("--group-size must be at least 2: an advantage compares the completions of one prompt")
-    if not args.max_grad_norm:
-        fail("--max-grad-norm 0 would leave nothing of any gradient")
-    if not args.temperature:
-        fail("--temperature must be above 0: an advantage compares different completions")
-    if len(args.clip_eps) > 2:
-        fail("--clip-eps takes one or two numbers: eps_low [eps_high]")
-    args.clip_eps = (args.clip_eps[0], args.clip_eps[-1])
+    check_training_flags(args)
+    return args
 
 
 def main():
@@ -330,17 +316,21 @@ def main():
         start, _ = load_vlm(args.model, device, args.trust_remote_code, torch.float32)
         reference = Policy(start.requires_grad_(False), processor, args.temperature)
 
-    task = FillMask(args, root, policy, rank, world)
+    records = load_masks(args.data)
+    scorer = None
+    if args.objective == "grpo":
+        scorer = load_reward(args, records, root, policy)
+    task = FillMask(args, root, policy, records, range(args.prompts_per_step), scorer)
     with autocast(device):
-        freeze_unused(policy, join_prompts(model, [task.prompts.example(place=0, index=0).prompt]))
+        freeze_unused(policy, {"text": join_prompts(model, [task.prompts.first().prompt])})
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     run.begin(
         f"{args.objective} on {world} x {device.type}: {millions:.2f}M parameters, "
-        f"{len(task.prompts.records)} masks"
+        f"{len(records)} masks"
     )
     train(policy, reference, [task], args, run)
-    if task.scorer and task.scorer.clip:
-        task.scorer.clip.report_truncated()
+    if scorer and scorer.clip:
+        scorer.clip.report_truncated()
     run.report_done(device, len(task.prompts.bad))
 
 

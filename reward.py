@@ -83,6 +83,8 @@ class Reward:
     hidden: the hidden texts of all records, from which relative="pool" draws rivals.
     """
 
+    table = None  # of components, if not COMPONENTS
+
     def __init__(
         self, weights, credit="rouge_l", relative="pool", tokenizer=None, clip=None, hidden=()
     ):
@@ -100,8 +102,9 @@ class Reward:
         answers = [[parse_completion(text) for text in group] for group in completions]
         format_ok = [[float(answer is not None) for answer in group] for group in answers]
         components = {"format": torch.tensor(format_ok)}
+        table = self.table or COMPONENTS
         for name in self.weights:
-            component = COMPONENTS[name](self, records, images, answers)
+            component = table[name](self, records, images, answers)
             components[name] = component * components["format"]
         return components
 

@@ -162,15 +162,10 @@ class Policy(nn.Module):
         return out.last_hidden_state[:, -1:], cache
 
     def with_unconditional(self, batch):
-        """A batch of prompts of images, and below it the same with pads for all text, as
-        transformers' generate() has it: the pads are attended to."""
-        tokenizer = self.processor.tokenizer
-        begin_of_image = tokenizer.convert_tokens_to_ids(self.processor.image_start_token)
-        ids = batch["input_ids"]
-        is_kept = (ids == tokenizer.bos_token_id) | (ids == begin_of_image)
-        empty = ids.masked_fill(~is_kept, tokenizer.pad_token_id)
+        """A batch of prompts of images, and below it the same without their text."""
+        empty = without_text(self.processor, batch["input_ids"])
         doubled = {name: torch.cat([tensor, tensor]) for name, tensor in batch.items()}
-        return doubled | {"input_ids": torch.cat([ids, empty])}
+        return doubled | {"input_ids": torch.cat([batch["input_ids"], empty])}
 
     def extend(self, batch, cache, ids, positions, block_mask, medium="text"):
         """Hidden states (B, n, D) of n more tokens per prompt; `cache` grows by them.
@@ -300,6 +295,15 @@ def repeat_prompts(batch, group):
     return {name: tensor.repeat_interleave(group, 0) for name, tensor in batch.items()}
 
 
+def without_text(processor, ids):
+    """The ids (B, P) of prompts of images with pads for all text, as transformers' generate() has
+    it: the pads are attended to."""
+    tokenizer = processor.tokenizer
+    begin_of_image = tokenizer.convert_tokens_to_ids(processor.image_start_token)
+    is_kept = (ids == tokenizer.bos_token_id) | (ids == begin_of_image)
+    return ids.masked_fill(~is_kept, tokenizer.pad_token_id)
+
+
 def decode(processor, ids, mask):
     """The texts of completions ids, mask (N, S), without special tokens."""
     completions = [ids_row[m.bool()] for ids_row, m in zip(ids, mask)]
@@ -316,13 +320,14 @@ def generate(policy, processor, prompts, max_new_tokens):
     return decode(processor, ids, mask)
 
 
-def freeze_unused(policy, batch):
+def freeze_unused(policy, batches):
     """Freezes parameters that get no gradient, as the norm after some vision towers: DDP would
-    wait for their gradients for ever."""
-    shape = (len(batch["input_ids"]), 2)
-    ids = torch.full(shape, policy.eos_ids[0], device=batch["input_ids"].device)
-    _, _, logps, _ = policy(batch, 1, ids=ids, mask=torch.ones_like(ids))
-    logps.sum().backward()
+    wait for their gradients for ever. batches: {medium: inputs of join_prompts()}."""
+    for medium, batch in batches.items():
+        # any two tokens or codes
+        ids = torch.ones(len(batch["input_ids"]), 2, dtype=torch.long, device=policy.model.device)
+        _, _, logps, _ = policy(batch, 1, ids=ids, mask=torch.ones_like(ids), medium=medium)
+        logps.sum().backward()
     for parameter in policy.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None

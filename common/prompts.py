@@ -22,22 +22,28 @@ class Prompts:
     """Records as Examples. A record that cannot be used gives way to the next good one.
 
     encode(place, record) -> Example, or raises BadRecord; `bad` holds the indices of such records.
+    places: a range, of the prompts of a step those that come from here.
     """
 
-    def __init__(self, records, encode, args, rank, world):
+    def __init__(self, records, encode, places, seed):
         self.records = records
         self.encode = encode
-        self.count = args.prompts_per_step
-        self.seed = args.seed
-        self.rank = rank
-        self.world = world
+        self.places = places
+        self.seed = seed
         self.bad = set()
 
-    def examples_of_step(self, step):
-        """This rank's share of a step; a rank without any gets the first prompt, with weight 0."""
-        order = prompt_order(step, self.count, len(self.records), self.seed)
-        places = range(self.count)[self.rank :: self.world] or [0]
-        return [self.example(place, order[place]) for place in places]
+    def examples_of_step(self, step, rank=0, world=1):
+        """This rank's share of a step: the places that leave its number when divided by world."""
+        order = prompt_order(step, len(self.places), len(self.records), self.seed)
+        examples = []
+        for place, index in zip(self.places, order):
+            if place % world == rank:
+                examples.append(self.example(place, index))
+        return examples
+
+    def first(self):
+        """The first Example that can be used."""
+        return self.example(self.places[0], 0)
 
     def example(self, place, index):
         """The Example of record `index`, or of the next one that can be used."""

@@ -50,6 +50,11 @@ def _parse_line(line, fields):
 
     if not isinstance(record, dict):
         return BadRecord(f"not a JSON object with {', '.join(fields) or 'fields'}")
+    return with_fields(record, fields)
+
+
+def with_fields(record, fields):
+    """The record, or a BadRecord that names those of `fields` that it lacks."""
     missing = [f for f in fields if not _has_field(record, f)]
     if missing:
         return BadRecord(f"lacks {', '.join(missing)}, or it is no text")

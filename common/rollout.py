@@ -15,13 +15,13 @@ class Rollout:
     mask: torch.Tensor  # (B*G, S): ends with the first eos token
     old_logps: torch.Tensor = None  # (B*G, S), nats
     ref_logps: torch.Tensor = None  # (B*G, S), nats
-    completions: list = None  # (B, G) texts
+    completions: list = None  # (B, G) texts or images
     components: dict = None  # {name: (B, G)} in [0, 1]
     advantage: torch.Tensor = None  # (B, G)
     reward_seconds: float = 0.0
 
 
-def run_policy(net, batch, rollout, examples, step, args):
+def run_policy(net, batch, rollout, task, examples, step):
     """Scores the completions of `rollout`, or samples them if it is None.
 
     Returns (Rollout, logps, entropy), the latter two (B*G, S) in nats and with a graph.
@@ -30,20 +30,23 @@ def run_policy(net, batch, rollout, examples, step, args):
     with autocast(device):
         if rollout is not None:
             group = len(rollout.ids) // len(examples)
-            _, _, logps, entropy = net(batch, group, ids=rollout.ids, mask=rollout.mask)
+            given = {"ids": rollout.ids, "mask": rollout.mask}
+            _, _, logps, entropy = net(batch, group, **given, medium=task.medium)
             return rollout, logps, entropy
 
+        G = task.args.group_size
         places = [example.place for example in examples]
-        uniforms = uniforms_of(step, places, args.group_size, args.max_new_tokens, args.seed)
-        ids, mask, logps, entropy = net(batch, args.group_size, uniforms.to(device))
+        uniforms = uniforms_of(step, places, G, task.max_length, task.args.seed).to(device)
+        ids, mask, logps, entropy = net(batch, G, uniforms, medium=task.medium)
         return Rollout(ids, mask), logps, entropy
 
 
-def reference_logps(reference, batch, rollout):
+def reference_logps(reference, batch, rollout, medium):
     """Log-probs (B*G, S) of the rollout under the frozen reference; None without one."""
     if reference is None:
         return None
     group = len(rollout.ids) // len(batch["input_ids"])
     with torch.no_grad(), autocast(rollout.ids.device):
-        _, _, logps, _ = reference(batch, group, ids=rollout.ids, mask=rollout.mask)
+        given = {"ids": rollout.ids, "mask": rollout.mask}
+        _, _, logps, _ = reference(batch, group, **given, medium=medium)
     return logps

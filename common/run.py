@@ -4,6 +4,7 @@ OUT/run.json         the resolved settings
 OUT/metrics.jsonl    a line per step
 OUT/curves.png       those metrics as curves
 OUT/samples.txt      completions with their rewards, as text to be read
+OUT/samples/         drawings with their rewards, of a model that draws
 OUT/checkpoint-N     loads with AutoModelForImageTextToText; trainer.pt is what a resume needs
 """
 
@@ -61,7 +62,8 @@ def settings_of(args, paths):
     """The flags that an update depends on; `paths` are compared by content, not by name."""
     settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
     for name in paths:
-        settings[name] = fingerprint(settings[name])
+        if settings[name] is not None:
+            settings[name] = fingerprint(settings[name])
     return settings
 
 
@@ -193,6 +195,12 @@ class Run:
         with open_for_writing(self.out / "samples.txt", "a") as file:
             file.write(text)
 
+    def log_drawings(self, step, page):
+        """OUT/samples/step-N.png: the drawings of a group, as one PIL image."""
+        path = self.out / "samples" / f"step-{step}.png"
+        path.parent.mkdir(exist_ok=True)
+        page.save(path)
+
     def save_checkpoint(self, step, policy, optimizer):
         """Every --save-every steps and at the last: OUT/checkpoint-<step>, and the curves."""
         if step % self.save_every and step != self.last_step:
@@ -234,16 +242,30 @@ class Run:
 
 def _summary(metrics):
     """The printed line of a step: the rewards, or for SFT the loss, and what warns of trouble."""
-    shown = f"loss {metrics['loss']:.3f}"
+    # "" of the only task, or "/drawing" of one among several
+    tasks = [name.removeprefix("reward") for name in metrics if re.fullmatch("reward(/.*)?", name)]
+    shown = [_task_summary(metrics, task) for task in tasks]
+    shown = [text for text in shown if text] or [f"loss {metrics['loss']:.3f}"]
+    return f"step {metrics['step']:4d}  {' | '.join(shown)}  grad {metrics['grad_norm']:.2f}"
+
+
+def _task_summary(metrics, task):
+    """The rewards of one task; nothing without any, as in SFT."""
     rewards = []
     for name, value in metrics.items():
-        if name.startswith("reward_") and name != "reward_seconds":
-            rewards.append(f"{name.removeprefix('reward_')} {value:.2f}")
-    if rewards:
-        shown = f"reward {metrics['reward']:.3f} ({', '.join(rewards)})"
-        shown += f" format {metrics['format_ok']:.2f} entropy {metrics['entropy']:.2f}"
-        shown += f" tokens {metrics['completion_tokens']:.1f}"
-    return f"step {metrics['step']:4d}  {shown} grad {metrics['grad_norm']:.2f}"
+        match = re.fullmatch(f"reward_(?!seconds)([^/]+){task}", name)
+        if match:
+            rewards.append(f"{match[1]} {value:.2f}")
+    if not rewards:
+        return ""
+    name = task.removeprefix("/") or "reward"
+    shown = f"{name} {metrics['reward' + task]:.3f} ({', '.join(rewards)})"
+    if f"format_ok{task}" in metrics:
+        shown += f" format {metrics['format_ok' + task]:.2f}"
+    shown += f" entropy {metrics['entropy' + task]:.2f}"
+    if f"format_ok{task}" in metrics:
+        shown += f" tokens {metrics['completion_tokens' + task]:.1f}"
+    return shown
 
 
 def draw_curves(out):

@@ -4,52 +4,77 @@ import time
 
 import torch
 
+from common.sheets import sheet
 
-def count(sums, policy, batch, rollout, loss, entropy, kl, clipped):
-    """Adds a micro-batch to the sums of the update."""
+
+def count(sums, policy, batch, rollout, task, loss, entropy, kl, clipped):
+    """Adds a micro-batch to the sums of the update: to those of all tasks, and to its task's."""
     mask = rollout.mask
-    eos_ids = torch.tensor(policy.eos_ids, device=mask.device)
-    has_ended = (torch.isin(rollout.ids, eos_ids) & mask.bool()).any(1)
-    sums.add(
-        loss=loss,
-        completions=len(mask),
-        tokens=mask.sum(),
-        prompts=len(batch["input_ids"]),
-        visual_tokens=(batch["input_ids"] == policy.model.config.image_token_id).sum(),
-        entropy=(entropy * mask).sum(),
-        kl=(kl * mask).sum(),
-        clipped=clipped.sum(),
-        truncated=(~has_ended).sum(),
-    )
+    sums.add(loss=loss, completions=len(mask), tokens=mask.sum())
+    counted = {
+        "loss": loss,
+        "completions": len(mask),
+        "tokens": mask.sum(),
+        "prompts": len(batch["input_ids"]),
+        "visual_tokens": (batch["input_ids"] == policy.model.config.image_token_id).sum(),
+        "entropy": (entropy * mask).sum(),
+        "kl": (kl * mask).sum(),
+        "clipped": clipped.sum(),
+        "truncated": count_truncated(policy.media[task.medium], rollout),
+    }
     if rollout.advantage is not None:
         advantage = rollout.advantage.abs()
-        zero_std = (advantage.amax(1) < 1e-6).sum()
-        sums.add(advantage=advantage.sum(), zero_std=zero_std)
-        sums.add(**{name: reward.sum() for name, reward in rollout.components.items()})
+        counted["advantage"] = advantage.sum()
+        counted["zero_std"] = (advantage.amax(1) < 1e-6).sum()
+        counted |= {f"reward_{name}": r.sum() for name, r in rollout.components.items()}
+    sums.add(**{f"{name}/{task.name}": value for name, value in counted.items()})
 
 
-def step_metrics(step, sums, N, weights):
-    """The metrics of a step from its sums over all ranks; docs/metrics.md explains each."""
-    completions = sums["completions"]
-    tokens = sums["tokens"]
-    total = sum(weight * sums[name] for name, weight in weights.items())
-    metrics = {
-        "step": step,
-        "loss": sums["loss"] / N,
-        "reward": total / completions / (sum(weights.values()) or 1),
-    }
+def count_truncated(medium, rollout):
+    """How many completions end without a token that ends them; an image always has all codes."""
+    if medium.length:
+        return 0
+    eos_ids = torch.tensor(medium.stop_ids, device=rollout.ids.device)
+    has_ended = (torch.isin(rollout.ids, eos_ids) & rollout.mask.bool()).any(1)
+    return (~has_ended).sum()
+
+
+def step_metrics(step, sums, N, tasks):
+    """The metrics of a step from its sums over all ranks; docs/metrics.md explains each.
+
+    Those of one task among several have its name: "entropy/drawing".
+    """
+    metrics = {"step": step, "loss": sums["loss"] / N}
+    for task in tasks:
+        for name, value in task_metrics(task, sums).items():
+            metrics[name if len(tasks) == 1 else f"{name}/{task.name}"] = value
+    return metrics
+
+
+def task_metrics(task, sums):
+    """The metrics of one task: {name: number}."""
+
+    def of_task(name):
+        return sums[f"{name}/{task.name}"]
+
+    completions = of_task("completions")
+    tokens = of_task("tokens")
+    weights = task.weights
+    total = sum(weight * of_task(f"reward_{name}") for name, weight in weights.items())
+    metrics = {"reward": total / completions / (sum(weights.values()) or 1)}
     for name in weights:
-        metrics[f"reward_{name}"] = sums[name] / completions
+        metrics[f"reward_{name}"] = of_task(f"reward_{name}") / completions
+    if task.medium == "text":
+        metrics["format_ok"] = of_task("reward_format") / completions
     return metrics | {
-        "format_ok": sums["format"] / completions,
-        "advantage_abs": sums["advantage"] / completions,
-        "zero_std_fraction": sums["zero_std"] / sums["prompts"],
-        "entropy": sums["entropy"] / tokens,
-        "kl": sums["kl"] / tokens,
-        "clip_fraction": sums["clipped"] / tokens,
+        "advantage_abs": of_task("advantage") / completions,
+        "zero_std_fraction": of_task("zero_std") / of_task("prompts"),
+        "entropy": of_task("entropy") / tokens,
+        "kl": of_task("kl") / tokens,
+        "clip_fraction": of_task("clipped") / tokens,
         "completion_tokens": tokens / completions,
-        "truncated_fraction": sums["truncated"] / completions,
-        "visual_tokens": sums["visual_tokens"] / sums["prompts"],
+        "truncated_fraction": of_task("truncated") / completions,
+        "visual_tokens": of_task("visual_tokens") / of_task("prompts"),
     }
 
 
@@ -66,14 +91,23 @@ def step_seconds(began, policy, rollouts, sums):
 
 
 def log_samples(run, step, task, examples, rollout, args):
-    """Every --sample-every steps: the group of the step's first prompt, as text to be read."""
+    """Every --sample-every steps: the group of the task's first prompt, as text to be read.
+
+    Drawings go to samples/step-N.png as well.
+    """
     places = [example.place for example in examples]
-    if run.rank or 0 not in places or (step - 1) % args.sample_every:
+    of_rank_0 = [place for place in task.prompts.places if place % run.world == 0]
+    if run.rank or (step - 1) % args.sample_every or of_rank_0[0] not in places:
         return
-    b = places.index(0)
-    lines = [f"=== step {step}  {task.heading(examples[b])}"]
-    for g, completion in enumerate(rollout.completions[b]):
+    b = places.index(of_rank_0[0])
+    lines = []
+    for g in range(len(rollout.completions[b])):
         rewards = "  ".join(f"{k} {v[b, g]:.2f}" for k, v in rollout.components.items())
-        A = rollout.advantage[b, g]
-        lines.append(f"  A {A:+.2f}  {rewards}  {task.describe(examples[b], completion)}")
-    run.log_samples("\n".join(lines) + "\n\n")
+        lines.append(f"A {rollout.advantage[b, g]:+.2f}  {rewards}")
+    if task.medium == "image":
+        run.log_drawings(step, sheet(rollout.completions[b], lines, columns=4))
+
+    shown = [f"=== step {step}  {task.heading(examples[b])}"]
+    for line, completion in zip(lines, rollout.completions[b]):
+        shown.append(f"  {line}  {task.describe(examples[b], completion)}")
+    run.log_samples("\n".join(shown) + "\n\n")

@@ -42,15 +42,16 @@ def uniforms_of(step, places, group, length, seed):
     return torch.cat(uniforms)
 
 
-def pack(examples, room, budget):
+def pack(examples, tokens_of, budget):
     """Splits examples into micro-batches of at most `budget` tokens each.
 
-    Padding and the `room` tokens after each prompt count. An example that is larger alone is a
-    micro-batch of its own. Prompts of like length go together, which saves padding.
+    tokens_of(P): the tokens that a prompt of P tokens takes with its completions. Padding counts.
+    An example that is larger alone is a micro-batch of its own. Prompts of like length go together,
+    which saves padding.
     """
 
     def length(example):
-        return example.prompt["input_ids"].shape[1] + room
+        return tokens_of(example.prompt["input_ids"].shape[1])
 
     micro_batches = []
     for example in sorted(examples, key=length, reverse=True):
@@ -81,6 +82,16 @@ def set_gradient_sync(net, is_last):
     """
     if isinstance(net, DistributedDataParallel):
         net.require_backward_grad_sync = is_last
+
+
+def zero_anchor(policy, tasks):
+    """0; of several tasks with a gradient of 0 for every trained parameter.
+
+    DDP waits for the gradients of all, and a pass of one medium gives the head of the other none.
+    """
+    if len(tasks) == 1:
+        return 0.0
+    return sum((0 * p).sum() for p in policy.parameters() if p.requires_grad)
 
 
 class StepSums(collections.Counter):

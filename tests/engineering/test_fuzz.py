@@ -16,8 +16,9 @@ from texts import PIECES, TEXTS
 from tiny import random_image
 from transformers import AutoProcessor
 
-from build_masks import mask_caption, maximum_sum_span, read_masks, read_scores
+from build_masks import mask_caption, maximum_sum_span, read_scores
 from common.captions import load_image, read_captions
+from common.masks import read_masks
 from common.records import BadRecord, read_jsonl
 from common.text import ANSWER_TAG, MASK
 from reward import (

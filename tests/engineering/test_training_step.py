@@ -12,7 +12,10 @@ def test_micro_batches_hold_every_example_once_within_the_budget():
     for place, size in enumerate(sizes):
         examples.append(Example(place, {}, None, {"input_ids": torch.zeros(1, size)}))
 
-    micro_batches = pack(examples, room=10, budget=100)
+    def tokens_of(prompt_tokens):
+        return prompt_tokens + 10
+
+    micro_batches = pack(examples, tokens_of, budget=100)
     places = [example.place for micro_batch in micro_batches for example in micro_batch]
     assert sorted(places) == list(range(7))
     packed = [[sizes[example.place] for example in batch] for batch in micro_batches]
@@ -20,7 +23,7 @@ def test_micro_batches_hold_every_example_once_within_the_budget():
     for lengths in packed:
         assert len(lengths) * (max(lengths) + 10) <= 100 or len(lengths) == 1
     # too large for any budget: alone
-    assert [len(batch) for batch in pack(examples, room=10, budget=1)] == [1] * 7
+    assert [len(batch) for batch in pack(examples, tokens_of, budget=1)] == [1] * 7
 
 
 def test_every_epoch_visits_every_prompt_once_in_a_new_order():

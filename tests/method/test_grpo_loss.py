@@ -74,7 +74,7 @@ def test_log_ratios_are_kept_within_20_nats():
 def test_the_loss_is_zero_and_its_gradient_is_not_with_one_update_per_rollout():
     logps = T([[-1.0, -2.0], [-3.0, -0.5]], requires_grad=True)
     objective, _, _ = objective_of(logps, logps.detach(), T([0.7, -0.7]))
-    loss = -(objective * token_weights(torch.ones(2, 2), "grpo")).sum() / 2
+    loss = -(objective * token_weights(torch.ones(2, 2), "grpo", 4)).sum() / 2
     loss.backward()
     assert loss.item() == pytest.approx(0)
     # A / (2 tokens x 2 completions)
@@ -86,8 +86,8 @@ def test_imitation_maximises_the_mean_log_prob_of_the_given_tokens():
     logps = T([[-1.0, -2.0], [-3.0, -100.0]])
     mask = T([[1, 1], [1, 0]])
     objective, kl, clipped = imitation_objective(logps, mask)
-    N = loss_normaliser("sft", completions=2, tokens=3, max_new_tokens=9)
-    assert ((objective * token_weights(mask, "sft")).sum() / N).item() == pytest.approx(-2)
+    N = loss_normaliser("sft", completions=2, tokens=3)
+    assert ((objective * token_weights(mask, "sft", 9)).sum() / N).item() == pytest.approx(-2)
     assert not kl.any()
     assert not clipped.any()
 
@@ -95,14 +95,14 @@ def test_imitation_maximises_the_mean_log_prob_of_the_given_tokens():
 def test_the_three_normalisations_by_hand():
     """Completions of 1 and 3 tokens, objective 1 for each token, at most 4 tokens.
 
-    GRPO (1 + 1) / 2, Dr. GRPO 4 / (2 x 4), DAPO 4 / 4.
+    GRPO (1 + 1) / 2, Dr. GRPO (1 / 4 + 3 / 4) / 2, DAPO 4 / 4.
     """
     mask = T([[1, 0, 0], [1, 1, 1]])
     value = {}
     weight_in_longer = {}  # of one token of the longer completion
     for kind in ("grpo", "dr_grpo", "dapo"):
-        N = loss_normaliser(kind, completions=2, tokens=4, max_new_tokens=4)
-        weights = token_weights(mask, kind) / N
+        N = loss_normaliser(kind, completions=2, tokens=4)
+        weights = token_weights(mask, kind, max_length=4) / N
         value[kind] = weights.sum().item()
         weight_in_longer[kind] = weights[1, 0].item()
     assert value == pytest.approx({"grpo": 1, "dr_grpo": 0.5, "dapo": 1})
@@ -114,6 +114,9 @@ def test_micro_batches_add_up_to_the_whole_step(kind):
     """Sums per micro-batch, one division at the end (trl#3021: a mean per micro-batch differs)."""
     mask = T([[1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]])
     objective = torch.arange(12.0).view(3, 4)
-    whole = (objective * token_weights(mask, kind)).sum()
-    parts = [(objective[i : i + 1] * token_weights(mask[i : i + 1], kind)).sum() for i in range(3)]
+    whole = (objective * token_weights(mask, kind, 4)).sum()
+    parts = []
+    for i in range(3):
+        one = slice(i, i + 1)
+        parts.append((objective[one] * token_weights(mask[one], kind, 4)).sum())
     assert sum(parts).item() == pytest.approx(whole.item())

@@ -375,7 +375,7 @@ def test_dropping_the_cache_by_gradient_checkpointing_is_an_error(policy):
 
 def test_parameters_without_gradient_are_frozen_and_all_others_are_not(checkpoint):
     policy = Policy(*load_vlm(checkpoint("llava_onevision"), CPU))
-    freeze_unused(policy, encode(policy))
+    freeze_unused(policy, {"text": encode(policy)})
     frozen = [name for name, p in policy.model.named_parameters() if not p.requires_grad]
     norm = "model.vision_tower.post_layernorm"
     assert frozen == [f"{norm}.weight", f"{norm}.bias"]
