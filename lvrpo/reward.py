@@ -1,0 +1,326 @@
+"""LVRPO's preference rewards: of a drawing for its prompt, of an answer for its masked caption.
+
+A drawing I of a prompt x with sentences t and keywords w earns, each from 0 to 1:
+
+    r_sem   = mean_t sigmoid(S(I, t) - log mean_j exp S(I, t_j))                              (L1)
+    r_ins   = share of GenEval's clauses that the detected objects of I satisfy               (L2)
+    r_kn    = P(yes | I, 'Does this figure show "x"? Please answer yes or no.')               (L3)
+    r_dense = mean_w mean_c sigmoid(S(c, w) - log mean_j exp S(c, w_j))                       (L4)
+
+S is CLIP's logit, scale times cosine; t_j and w_j are sentences and keywords of other prompts; c
+are the two best of ten overlapping crops. Contrastive training ends at S(I, t) =
+log[p(t | I) / p(t)] + c(I): the unknown c(I), and SigLIP's bias, cancel when texts are compared for
+one image, which leaves a pointwise mutual information (PMI).
+
+For reading, sem is the visual component of reward.py, the sentence with the answer filled in judged
+by CLIP (a fixed text would earn all answers the same); ins the semantic component, the answer
+extracted by rule against the caption's; kn is (L3) of the filled sentence; there is no dense.
+
+The paper's (arXiv 2603.27693): r_sem is the cosine of SigLIP 2, r_ins in {0, 1} comes from rules,
+r_kn is the agreement with a VQA model, r_dense the mean over keywords of the best patch. Ours: PMI,
+graded r_ins, VQAScore's formula (arXiv 2404.01291), and crops, the top k of them. The paper's r_sem
+and r_ins are --draw-relative none and --verdict binary. A detector that is told the words of the
+prompt is a rule reward of the paper's kind; an evaluation by the same detector is in-domain.
+"""
+
+import argparse
+import random
+
+import torch
+
+from common.answers import normalise
+from common.records import fail
+from common.stage import non_negative
+from common.text import split_sentences, split_words, words_of
+from lvrpo.geneval import clauses, graded, verdict
+from lvrpo.judges import OpenVocabularyDetector, add_judge_flags, asks_colour
+from lvrpo.judges import load_judges as load_judges  # for scripts, which load all rewards here
+from reward import (
+    Reward,
+    fill,
+    for_each_answer,
+    pmi_over_images,
+    semantic_component,
+    visual_component,
+)
+
+# images per pass of CLIP
+BATCH = 64
+# texts of other prompts that a PMI compares with
+MOST_RIVALS = 256
+
+
+# ---------------------------------------------------------------- drawing: (L1) to (L4)
+
+
+def sentence_component(reward, records, drawings):
+    """(L1). S = 2, and 0 and log 3 of two rivals, give sigmoid(2 - log 2) = 0.79.
+
+    If the other sentence of the prompt gets 0.5, r_sem is 0.64.
+    """
+    scores = []
+    for record, group in zip(records, drawings):
+        scores.append(reward.agreement(group, sentences_of(record), reward.rivals).mean(-1))
+    return torch.stack(scores)
+
+
+def object_component(reward, records, drawings):
+    """(L2). A red circle and a green square for "a red circle and a blue square" give 3/4.
+
+    Each class and each colour is a clause. With verdict="binary" they give 0.
+    """
+    judge = {"graded": graded, "binary": verdict}[reward.verdict]
+    images, asked = pair_up(drawings, records)
+    found = reward.detector(images, asked)
+    scores = [float(judge(objects, record)) for objects, record in zip(found, asked)]
+    return torch.tensor(scores).view(len(drawings), -1)
+
+
+def knowledge_component(reward, records, drawings):
+    """(L3). "yes" with probability 0.5 and "Yes" with 0.2 give 0.7, whatever "no" gets."""
+    images, asked = pair_up(drawings, records)
+    p_yes = reward.knowledge.p_yes(images, [record["prompt"] for record in asked])
+    return p_yes.view(len(drawings), -1)
+
+
+def dense_component(reward, records, drawings, k=2):
+    """(L4). Best crops of 0.9 and 0.7 for one keyword, 0.3 and 0.1 for another, give 0.5."""
+    scores = []
+    for record, group in zip(records, drawings):
+        crops = [crop for drawing in group for crop in crops_of(drawing)]
+        agreement = reward.agreement(crops, keywords_of(record), reward.rival_keywords)
+        by_drawing = agreement.view(len(group), -1, agreement.shape[-1])  # (G, crops, keywords)
+        scores.append(by_drawing.topk(k, 1).values.mean((1, 2)))
+    return torch.stack(scores)
+
+
+DRAWING_COMPONENTS = {
+    "sem": sentence_component,
+    "ins": object_component,
+    "kn": knowledge_component,
+    "dense": dense_component,
+}
+
+
+class DrawingReward:
+    """The components of a drawing's reward. One of weight 0 is not computed and needs no judge.
+
+    clip: a ClipScorer. detector: detect(images, records) -> [{class: [Detection, ...]}, ...], a
+    dict per image, with the classes that its record asks for. knowledge: a Knowledge. rivals and
+    rival_keywords: texts of other prompts, for relative="prompts"; with "none" it is the cosine.
+    """
+
+    def __init__(
+        self,
+        weights,
+        clip=None,
+        detector=None,
+        knowledge=None,
+        rivals=(),
+        relative="prompts",
+        verdict="graded",
+        rival_keywords=(),
+    ):
+        self.weights = {name: weight for name, weight in weights.items() if weight}
+        self.clip = clip
+        self.detector = detector
+        self.knowledge = knowledge
+        self.relative = relative
+        self.verdict = verdict
+        is_relative = relative == "prompts"
+        self.rivals = None
+        self.rival_keywords = None
+        if is_relative and "sem" in self.weights:
+            self.rivals = self.encode_rivals(rivals)
+        if is_relative and "dense" in self.weights:
+            self.rival_keywords = self.encode_rivals(rival_keywords)
+
+    @torch.no_grad()
+    def __call__(self, records, drawings):
+        """{component: (B, G) in [0, 1]} of drawings[b][g], PIL images, for records[b]."""
+        return {name: DRAWING_COMPONENTS[name](self, records, drawings) for name in self.weights}
+
+    def encode_rivals(self, texts):
+        """(normalised texts, features (J, D)); two, as one may be the text to be judged."""
+        distinct = {normalise(text): text for text in texts}
+        if len(distinct) < 2:
+            fail("a PMI needs prompts of at least two texts: add some, or --draw-relative none")
+        return list(distinct), self.clip.text_features(list(distinct.values()))
+
+    def agreement(self, images, texts, rivals):
+        """How well each text fits each image, in [0, 1]: (N, T)."""
+        batches = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
+        features = torch.cat([self.clip.image_features(batch) for batch in batches])  # (N, D)
+        cosine = features @ self.clip.text_features(texts).T
+        if self.relative == "none":
+            return cosine.clamp(0, 1).cpu()
+        rival_texts, rival_features = rivals
+        scale = self.clip.logit_scale()
+        is_itself = [[normalise(text) == rival for rival in rival_texts] for text in texts]
+        is_itself = torch.tensor(is_itself, device=cosine.device)  # (T, J)
+        others = (scale * features @ rival_features.T)[:, None]  # (N, 1, J)
+        others = others.masked_fill(is_itself, float("-inf"))
+        return pmi_over_images(scale * cosine, others).cpu()
+
+
+def pair_up(drawings, records):
+    """([image, ...], [its record, ...]) of B groups of drawings."""
+    images = [drawing for group in drawings for drawing in group]
+    return images, [record for record, group in zip(records, drawings) for _ in group]
+
+
+def crops_of(image):
+    """The whole image, and a 3 x 3 grid of crops of half its width and height."""
+    width, height = image.size
+    crops = [image]
+    for y in (0, height // 4, height // 2):
+        for x in (0, width // 4, width // 2):
+            crops.append(image.crop((x, y, x + max(width // 2, 1), y + max(height // 2, 1))))
+    return crops
+
+
+def sentences_of(record):
+    """The sentences of the prompt, each short enough for CLIP's context."""
+    prompt = record["prompt"]
+    return [prompt[start:end] for start, end in split_sentences(prompt)]
+
+
+def keywords_of(record):
+    """What to look for: "red circle" of an included class, or the prompt's words of 4 letters."""
+    included = record.get("include", ())
+    keywords = [f"{wanted.get('color', '')} {wanted['class']}".strip() for wanted in included]
+    if not keywords:
+        keywords = [word for word in words_of(record["prompt"]) if len(word) >= 4]
+    return list(dict.fromkeys(keywords)) or [record["prompt"]]
+
+
+# ---------------------------------------------------------------- reading
+
+
+def filled_knowledge_component(reward, records, images, answers):
+    """(L3) of "The top left holds a red circle." for the answer "red circle"; no answer gets 0."""
+    scores = torch.zeros(len(answers), len(answers[0]))
+    for b, group in enumerate(answers):
+        filled = {g: fill(records[b], answer) for g, answer in enumerate(group) if answer}
+        if filled:
+            p_yes = reward.knowledge.p_yes([images[b]] * len(filled), list(filled.values()))
+            scores[b, list(filled)] = p_yes
+    return scores
+
+
+READING_COMPONENTS = {
+    "sem": visual_component,
+    "ins": for_each_answer(semantic_component),
+    "kn": filled_knowledge_component,
+}
+
+
+class ReadingReward(Reward):
+    """The Reward of reward.py, gate included, with LVRPO's components."""
+
+    table = READING_COMPONENTS
+
+    def __init__(self, weights, *args, knowledge=None, **kwargs):
+        super().__init__(weights, *args, **kwargs)
+        self.knowledge = knowledge
+
+
+# ---------------------------------------------------------------- flags and loading
+
+
+def weight_type(table):
+    """An argparse type: 'sem=1.5' -> ('sem', 1.5), of a component of this table."""
+
+    def component_weight(text):
+        name, _, weight = text.partition("=")
+        if not weight:
+            raise argparse.ArgumentTypeError(f"{text}: write NAME=WEIGHT, as {name}=1")
+        if name not in table:
+            known = ", ".join(table)
+            raise argparse.ArgumentTypeError(f"{text}: no such component; there are {known}")
+        return name, non_negative(weight)
+
+    return component_weight
+
+
+def add_lvrpo_reward_flags(parser):
+    """The flags of both rewards; after parsing, --draw-reward and --read-reward are dicts."""
+    group = parser.add_argument_group("rewards")
+    add = group.add_argument
+    tables = {"--draw-reward": DRAWING_COMPONENTS, "--read-reward": READING_COMPONENTS}
+    for flag, table in tables.items():
+        form = {"nargs": "+", "metavar": "NAME=WEIGHT", "type": weight_type(table)}
+        note = f"of {', '.join(table)}; one that is not named is off (sem=1 ins=1)"
+        add(flag, **form, action=Weights, default={"sem": 1.0, "ins": 1.0}, help=note)
+    note = "ins: the share of GenEval's clauses that hold, or whether all do (%(default)s)"
+    add("--verdict", default="graded", choices=("graded", "binary"), help=note)
+    note = "sem and dense: relative to other prompts, or the cosine (%(default)s)"
+    add("--draw-relative", default="prompts", choices=("prompts", "none"), help=note)
+    add_judge_flags(group)
+
+
+class Weights(argparse.Action):
+    """Stores the parsed (name, weight) pairs as a dict."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, dict(values))
+
+
+def check_prompts(records, weights):
+    """Ends the program at a prompt that the weighted components of a drawing cannot judge."""
+    for record in records:
+        name = f"prompt {record.get('id')}"
+        if not split_words(record["prompt"]):
+            fail(f"{name} has no words: delete it")
+        reads_objects = weights.get("ins") or weights.get("dense") and "include" in record
+        if reads_objects and not has_clauses(record):
+            fail(
+                f"{name} has no objects to look for: give it GenEval's include or exclude, "
+                "each with class and count, or leave ins and dense out of --draw-reward"
+            )
+
+
+def has_clauses(record):
+    """Whether GenEval's rules can be tried, on a drawing without objects, and ask for something."""
+    try:
+        return bool(clauses({}, record))
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return False
+
+
+def load_drawing_reward(args, records, clip, detector, knowledge):
+    """The DrawingReward of the parsed flags and of load_judges(); checks all prompts."""
+    check_prompts(records, args.draw_reward)
+    sentences = []
+    keywords = []
+    names_no_colour = isinstance(detector, OpenVocabularyDetector) and detector.clip is None
+    for record in records:
+        if names_no_colour and asks_colour(record):
+            fail(f"prompt {record.get('id')} asks for a colour: --detector needs a CLIP to name it")
+        sentences += sentences_of(record)
+        if args.draw_reward.get("dense"):
+            keywords += keywords_of(record)
+    return DrawingReward(
+        args.draw_reward,
+        clip,
+        detector,
+        knowledge,
+        draw_rivals(sentences),
+        args.draw_relative,
+        args.verdict,
+        draw_rivals(keywords),
+    )
+
+
+def draw_rivals(texts):
+    """At most MOST_RIVALS of the distinct texts, always the same ones."""
+    distinct = sorted(set(texts))
+    return random.Random(0).sample(distinct, min(MOST_RIVALS, len(distinct)))
+
+
+def load_reading_reward(args, records, tokenizer, clip, knowledge):
+    """The ReadingReward of the parsed flags; records: mask records, whose hidden texts compete."""
+    hidden = [record["answer"] for record in records]
+    return ReadingReward(
+        args.read_reward, tokenizer=tokenizer, clip=clip, hidden=hidden, knowledge=knowledge
+    )

@@ -1,0 +1,158 @@
+"""LVRPO: the loop of grpo_train.py on two tasks, reading and drawing, in one unified model.
+
+Each step holds prompts of both kinds. The policy samples G completions for each, texts or images,
+the rewards of lvrpo/reward.py compare them with each other, and equations (2) to (5) apply as they
+stand. A completion is a completion: a drawing is a sequence of codes, sampled from a head of its
+own, whose log-probs are as exact as those of text.
+
+    python -m lvrpo.train --model deepseek-community/Janus-Pro-1B --data masks.jsonl \\
+        --prompts prompts.jsonl --out run
+    torchrun --nproc_per_node 8 -m lvrpo.train @recipes/janus-pro-1b/train-8-gpus.txt
+
+in:   --data: masks of build_masks.py, or {id, image, question, answer}, for reading
+      --prompts: {id, prompt, image?, tag?, include?, exclude?}, GenEval's evaluation_metadata.jsonl
+      for example, for drawing; `include` and `exclude` are what r_ins checks, and `image` is what
+      --objective sft imitates
+out:  that of grpo_train.py, with metrics per task ("entropy/drawing"), and OUT/samples/step-N.png
+
+The paper (arXiv 2603.27693) trains BAGEL, which draws by flow matching; Janus draws by discrete
+codes. That, --draw-share, and normalising each component before adding are ours.
+"""
+
+import torch
+
+from common.captions import image_root
+from common.masks import load_masks
+from common.policy import Policy, freeze_unused
+from common.ranks import setup_distributed
+from common.records import fail
+from common.run import open_run, settings_of
+from common.stage import make_parser, parse, run_script
+from common.training import autocast
+from common.training_flags import add_training_flags, check_training_flags
+from common.vlm import join_prompts, load_vlm
+from grpo_train import train
+from lvrpo.drawings import load_prompts, require_drawing
+from lvrpo.judges import load_judges
+from lvrpo.reward import (
+    add_lvrpo_reward_flags,
+    load_drawing_reward,
+    load_reading_reward,
+)
+from lvrpo.tasks import Drawing, Reading
+
+
+def load_tasks(args, root, policy):
+    """The tasks of a run: reading, drawing, or both, in the share of --draw-share."""
+    n_read, n_drawn = prompts_of_step(args)
+    is_rewarded = args.objective == "grpo"
+    clip = detector = knowledge = None
+    if is_rewarded:
+        clip, detector, knowledge = load_judges(args, policy.model.device)
+
+    tasks = []
+    if n_read:
+        records = load_masks(args.data)
+        scorer = None
+        if is_rewarded:
+            scorer = load_reading_reward(args, records, policy.processor.tokenizer, clip, knowledge)
+        tasks.append(Reading(args, root, policy, records, range(n_read), scorer))
+    if n_drawn:
+        require_drawing(policy, args.model)
+        records = load_prompts(args.prompts)
+        scorer = None
+        if is_rewarded:
+            scorer = load_drawing_reward(args, records, clip, detector, knowledge)
+        places = range(n_read, n_read + n_drawn)
+        tasks.append(Drawing(args, root, policy, records, places, scorer))
+    return tasks
+
+
+def prompts_of_step(args):
+    """How many prompts of a step are read, and how many are drawn."""
+    n_drawn = round(args.draw_share * args.prompts_per_step)
+    return args.prompts_per_step - n_drawn, n_drawn
+
+
+def parse_args():
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--model", required=True, help="hub id or folder of a model that reads and draws")
+    add("--data", help="masks or questions, to read")
+    add("--prompts", help="what to draw")
+    add("--image-root", help="what image paths are relative to (the folder of --data)")
+    add("--out", required=True, help="folder of the run")
+    add("--draw-share", type=float, default=0.5, help="of the prompts of a step (%(default)s)")
+    note = "of drawing, in training: 1 is none, above it costs twice the passes (%(default)s)"
+    add("--guidance", type=float, default=1.0, help=note)
+    add_training_flags(parser)
+    add_lvrpo_reward_flags(parser)
+    args = parse(parser)
+    check_args(args)
+    check_training_flags(args)
+    return args
+
+
+def check_args(args):
+    """Ends the program for flags of the two tasks that cannot work."""
+    if not 0 <= args.draw_share <= 1:
+        fail("--draw-share must lie between 0 (reading only) and 1 (drawing only)")
+    if not 1 <= args.guidance < float("inf"):
+        fail("--guidance must be at least 1, which is none")
+    n_read, n_drawn = prompts_of_step(args)
+    if n_drawn and not args.prompts:
+        fail("drawing needs --prompts; --draw-share 0 only reads")
+    if n_read and not args.data:
+        fail("reading needs --data; --draw-share 1 only draws")
+    if args.loss == "dapo" and n_read and n_drawn:
+        fail("--loss dapo weighs tokens alike, so images would outweigh texts: use grpo or dr_grpo")
+    # what is not done needs no judge
+    if not n_read:
+        args.read_reward = {}
+    if not n_drawn:
+        args.draw_reward = {}
+    for flag, n in (("read_reward", n_read), ("draw_reward", n_drawn)):
+        if args.objective == "grpo" and n and not any(getattr(args, flag).values()):
+            fail(f"--{flag.replace('_', '-')}: all weights are 0, so nothing is rewarded")
+
+
+def main():
+    args = parse_args()
+    rank, world, device = setup_distributed()
+    root = image_root(args.image_root, args.data or args.prompts)
+    paths = ("model", "data", "prompts", "clip", "knowledge")
+    run = open_run(args, settings_of(args, paths), rank, world)
+    if run is None:
+        return
+
+    name = str(run.checkpoint or args.model)
+    policy = load_policy(name, args, device)
+    reference = None
+    if args.beta and args.objective == "grpo":
+        reference = load_policy(args.model, args, device)
+        reference.requires_grad_(False)
+
+    tasks = load_tasks(args, root, policy)
+    # the VQ-VAE turns codes into pixels, and is no part of the policy
+    policy.model.model.vqmodel.requires_grad_(False)
+    first = {
+        task.medium: join_prompts(policy.model, [task.prompts.first().prompt]) for task in tasks
+    }
+    with autocast(device):
+        freeze_unused(policy, first)
+    counts = ", ".join(f"{len(task.prompts.records)} for {task.name}" for task in tasks)
+    run.begin(f"{args.objective} on {world} x {device.type}: records: {counts}")
+    train(policy, reference, tasks, args, run)
+    run.report_done(device, sum(len(task.prompts.bad) for task in tasks))
+
+
+def load_policy(name, args, device):
+    """The Policy of a checkpoint, in fp32: at lr 1e-6 a bf16 weight would lose every update."""
+    model, processor = load_vlm(name, device, args.trust_remote_code, torch.float32)
+    temperature = 1.0 if args.objective == "sft" else args.temperature
+    guidance = 1.0 if args.objective == "sft" else args.guidance
+    return Policy(model, processor, temperature, guidance)
+
+
+if __name__ == "__main__":
+    run_script(main)
