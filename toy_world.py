@@ -4,6 +4,7 @@
     python toy_world.py --bias 0.8 --out runs/bias08   # captions that lie more often
     python toy_world.py --small --out runs/small       # half a minute: does it all run?
     python toy_world.py --study                        # what makes the difference? About an hour
+    python toy_world.py --lvrpo                        # the second method: to read and to draw
 
 An image holds two or three shapes. Its caption mixes sentences that need the image with general
 facts and filler. With probability --bias it gives a shape the stereotype colour of its kind,
@@ -47,7 +48,7 @@ What results.json holds; scores, masks and predictions are those of the validati
       prior_reliance          share of readable answers that are the same with another image
     seconds                   by stage; "in all" is elapsed time: of stages side by side, the
                               longest lane
-toy/study.py says what study.json holds.
+toy/study.py says what study.json holds, toy/lvrpo_world.py what lvrpo.json holds.
 """
 
 import argparse
@@ -55,6 +56,8 @@ from pathlib import Path
 
 from common.records import check_settings, load_records, write_json
 from common.stage import make_parser, parse, run_script
+from toy import lvrpo_stages, lvrpo_world
+from toy.drawing import make_drawing_world
 from toy.lanes import Clock, run_step
 from toy.metrics import (
     dependency_metrics,
@@ -71,13 +74,29 @@ from toy.world import load_truth, make_world
 MODELS = ("base", "sft", "mmrpt")
 
 
-def draw_world(out, bias, seed, size):
-    """Draws images and captions, unless they are there."""
+def draw_world(out, bias, seed, size, make):
+    """Draws images and captions, unless they are there; make: make_world() or another like it."""
     if (out / "truth.jsonl").exists():
         print(f"reused {out}/truth.jsonl")
     else:
-        make_world(out, size.n_train, size.n_val, bias, seed)
+        make(out, size.n_train, size.n_val, bias, seed)
         print(f"{out}: {size.n_train} images with captions to train on, {size.n_val} held out")
+
+
+def run_world(args, out, size, make, stages):
+    """Draws the world and runs its stages; returns the flags, and the seconds by stage."""
+    flags = {"bias": args.bias, "seed": args.seed, "small": args.small}
+    settings = {**flags, "size": size._asdict()}
+    out.mkdir(parents=True, exist_ok=True)
+    if not check_settings(out / "world.json", settings):
+        write_json(out / "world.json", {"settings": settings})
+    clock = Clock(out / "world.json", settings)
+    with clock.measure("world", out / "truth.jsonl"):
+        draw_world(out, args.bias, args.seed, size, make)
+    steps = stages(out, args.seed, size)
+    for lanes in steps:
+        run_step(lanes, clock, out)
+    return {**flags, "seconds": {**clock.seconds, "in all": clock.in_all(steps)}}
 
 
 def measure(out):
@@ -135,13 +154,12 @@ def print_results(out, results):
 def parse_args():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add(
-        "--out", help="folder of everything (runs/toy, where the recipes look; --study: runs/study)"
-    )
+    add("--out", help="folder (runs/toy, where the recipes look; or runs/study, runs/lvrpo)")
     add("--bias", type=float, default=0.5, help="P(stereotype colour in a caption) (%(default)s)")
     add("--seed", type=int, default=0, help="of world, models and training (%(default)s)")
     add("--small", action="store_true", help="everything at a reduced size: whether it runs")
     add("--study", action="store_true", help="every claim tested; a killed study continues")
+    add("--lvrpo", action="store_true", help="LVRPO, which reads and draws, in a world of its own")
     seeds = "of --study (%(default)s; with --small the first only)"
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help=seeds)
     add("--piece", nargs="+", help=argparse.SUPPRESS)
@@ -150,7 +168,8 @@ def parse_args():
 
 def main():
     args = parse_args()
-    out = Path(args.out or ("runs/study" if args.study else "runs/toy"))
+    name = "study" if args.study else "lvrpo" if args.lvrpo else "toy"
+    out = Path(args.out or f"runs/{name}")
     if args.study:
         seeds = args.seeds[:1] if args.small else args.seeds
         study(out, seeds, args.small)
@@ -159,21 +178,14 @@ def main():
         run_piece(out, args.bias, args.seed, *args.piece)
         return
 
-    size = SMALL if args.small else FULL
-    flags = {"bias": args.bias, "seed": args.seed, "small": args.small}
-    settings = {**flags, "size": size._asdict()}
-    out.mkdir(parents=True, exist_ok=True)
-    if not check_settings(out / "world.json", settings):
-        write_json(out / "world.json", {"settings": settings})
-    clock = Clock(out / "world.json", settings)
-    with clock.measure("world", out / "truth.jsonl"):
-        draw_world(out, args.bias, args.seed, size)
-    steps = stages(out, args.seed, size)
-    for lanes in steps:
-        run_step(lanes, clock, out)
+    if args.lvrpo:
+        size = lvrpo_stages.SMALL if args.small else lvrpo_stages.FULL
+        results = run_world(args, out, size, make_drawing_world, lvrpo_stages.stages)
+        lvrpo_world.report(out, results | lvrpo_world.measure(out))
+        return
 
-    seconds = {**clock.seconds, "in all": clock.in_all(steps)}
-    results = {**flags, **measure(out), "seconds": seconds}
+    size = SMALL if args.small else FULL
+    results = run_world(args, out, size, make_world, stages) | measure(out)
     write_json(out / "results.json", results)
     print_results(out, results)
 

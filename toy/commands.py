@@ -34,12 +34,14 @@ def group_flags(tokens):
 def recipe_command(script, recipe, *arguments):
     """[script, "@recipe", arguments that say something else than the recipe].
 
+    script: a file, or "-m module".
+
     Flags of which the recipe has the same values are left out, so that a command is as short as a
     person would type it.
     """
     text = (ROOT / recipe).read_text(encoding="utf-8")
     given = group_flags(shlex.split(text, comments=True))
-    command = [script, f"@{recipe}"]
+    command = [*script.split(), f"@{recipe}"]
     for flag, values in group_flags(map(str, arguments)).items():
         if given.get(flag) != values:
             command += [flag, *values]
@@ -50,6 +52,7 @@ def recipe_command(script, recipe, *arguments):
 
 # imported once, by the server that every process is forked from: the imports take six seconds
 PRELOAD = ["build_masks", "evaluate", "grpo_train", "score_dependency", "toy.pieces"]
+PRELOAD += ["lvrpo.tasks", "lvrpo.judges", "lvrpo.reward"]
 # multiprocessing looks after all processes at once, whichever thread asks
 LOCK = threading.Lock()
 
@@ -113,13 +116,17 @@ def run_here(command, log, heading, folder):
         os.dup2(descriptor, sys.stderr.fileno())
     print(heading, flush=True)
 
-    script, *arguments = command
-    sys.argv = [str(ROOT / script)]
-    for argument in arguments:
+    arguments = []
+    for argument in command:
         if argument.startswith("@"):
             argument = f"@{ROOT / argument[1:]}"
-        sys.argv.append(argument)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+        arguments.append(argument)
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [str(ROOT / arguments[0]), *arguments[1:]]
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def end_with(parent):

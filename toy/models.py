@@ -55,6 +55,20 @@ def make_tokenizer(texts, special, **names):
     )
 
 
+def make_vlm_tokenizer(captions, special, **names):
+    """The tokenizer of a base, made from captions, their words, and the prompts."""
+    # an answer begins without a space, so words are learned without one as well
+    words = []
+    for caption in captions:
+        words += re.findall(r"\w+", caption)
+    prompts = [CAPTION_PROMPT, FILL_PROMPT, "User: Assistant:"] * 10
+    tokenizer = make_tokenizer([*captions, *words, *prompts], special, **names)
+    # these are not special tokens, because decoding must show them
+    form = (MASK, "<think>", "</think>", "<answer>", "</answer>")
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in form])
+    return tokenizer
+
+
 # ---------------------------------------------------------------- the base model
 
 
@@ -63,11 +77,6 @@ def make_processor(captions):
 
     An image is 16 visual tokens.
     """
-    # an answer begins without a space, so words are learned without one as well
-    words = []
-    for caption in captions:
-        words += re.findall(r"\w+", caption)
-    prompts = [CAPTION_PROMPT, FILL_PROMPT, "User: Assistant:"] * 10
     special = [
         "<pad>",
         "<|im_start|>",
@@ -76,17 +85,13 @@ def make_processor(captions):
         "<image>",
         "<global-img>",
     ]
-    tokenizer = make_tokenizer(
-        [*captions, *words, *prompts],
+    tokenizer = make_vlm_tokenizer(
+        captions,
         special,
         pad_token="<pad>",
         bos_token="<|im_start|>",
         eos_token="<end_of_utterance>",
     )
-    # these are not special tokens, because decoding must show them
-    form = (MASK, "<think>", "</think>", "<answer>", "</answer>")
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in form])
-
     images = Idefics3ImageProcessor(
         do_image_splitting=False,
         size={"longest_edge": SIDE},
@@ -147,11 +152,11 @@ def make_clip_tokenizer(captions):
     return tokenizer
 
 
-def make_clip(tokenizer):
+def make_clip(tokenizer, side):
     """An untrained open_clip model, its configuration, and its transform (PIL image -> tensor)."""
     vision = {
-        "image_size": SIDE,
-        "patch_size": 16,
+        "image_size": side,
+        "patch_size": side // 4,
         "width": 128,
         "layers": 3,
         "head_width": 32,
@@ -172,6 +177,6 @@ def make_clip(tokenizer):
     model = open_clip.CLIP(**config, init_logit_scale=math.log(20))
 
     half = (0.5, 0.5, 0.5)
-    open_clip.model.set_model_preprocess_cfg(model, {"size": SIDE, "mean": half, "std": half})
-    transform = open_clip.transform.image_transform(SIDE, is_train=False, mean=half, std=half)
+    open_clip.model.set_model_preprocess_cfg(model, {"size": side, "mean": half, "std": half})
+    transform = open_clip.transform.image_transform(side, is_train=False, mean=half, std=half)
     return model, config, transform

@@ -3,6 +3,7 @@
 import json
 
 from common.records import write_atomically
+from toy.janus import train_janus
 from toy.probes import Probe
 from toy.questions import clip_metrics, write_benchmark
 from toy.training import accelerator, teach_questions, train_on_world
@@ -14,6 +15,7 @@ def run_piece(out, bias, seed, name, *arguments):
 
     world TRAIN VAL           draws so many images
     base STEPS, clip STEPS    trains the base, or CLIP
+    janus VQ_STEPS STEPS      trains the base of the drawing world
     benchmark                 writes val.tsv, multiple choice about the painted colours
     teacher                   asks CLIP about the colours of held-out images (teacher.json)
     questions STEPS MODEL     tunes a checkpoint on questions and saves it as `out`
@@ -34,6 +36,11 @@ def run_piece(out, bias, seed, name, *arguments):
     if name == "world":
         n_train, n_val = arguments
         make_world(out, int(n_train), int(n_val), bias, seed)
+    elif name == "janus":
+        if (out / "base").exists():
+            print(f"reused {out / 'base'}")
+        else:
+            train_janus(out, *map(int, arguments), seed)
     elif name in ("base", "clip"):
         if (out / name).exists():
             print(f"reused {out / name}")

@@ -215,7 +215,7 @@ def train_clip(out, records, images, steps, batch_size, lr, seed, device):
     rng = random.Random(seed)
     captions = [record["caption"] for record in records]
     tokenizer = make_clip_tokenizer(captions)
-    model, config, transform = make_clip(tokenizer)
+    model, config, transform = make_clip(tokenizer, images[0].width)
     model = model.to(device)
     pixels = torch.stack([transform(image) for image in images])  # (N, 3, H, W)
     tokens = []

@@ -80,24 +80,34 @@ def sample_pair(rng, bias):
     drafts = []
     for place in rng.sample(sorted(PLACES), rng.choice((2, 3))):
         thing = sample_object(rng, draw, place)
-        stated = thing["colour"]
-        # the descriptive bias
-        if rng.random() < bias:
-            stated = thing["stereotype"]
-        text = rng.choice(VISUAL_SENTENCES).format(**{**thing, "colour": stated})
-        drafts.append((text, len(objects), stated))
+        drafts.append(sample_sentence(rng, thing, len(objects), bias))
         objects.append(thing)
     for text in rng.sample(GENERAL_SENTENCES, rng.choice((1, 2))):
         drafts.append((text, None, None))
-    rng.shuffle(drafts)
+    caption, sentences = join_sentences(rng, drafts, objects)
+    return image, caption, {"objects": objects, "sentences": sentences}
 
+
+def sample_sentence(rng, thing, index, bias):
+    """(a sentence about an object, its index, the colour that the sentence states)."""
+    stated = thing["colour"]
+    # the descriptive bias
+    if rng.random() < bias:
+        stated = thing["stereotype"]
+    text = rng.choice(VISUAL_SENTENCES).format(**{**thing, "colour": stated})
+    return text, index, stated
+
+
+def join_sentences(rng, drafts, objects):
+    """A caption of sentences in random order, and the truth about each of them."""
+    rng.shuffle(drafts)
     sentences = []
     start = 0
     for text, index, stated in drafts:
         sentences.append(sentence_truth(text, start, index, objects, stated))
         start += len(text) + 1
     caption = " ".join(text for text, _, _ in drafts)
-    return image, caption, {"objects": objects, "sentences": sentences}
+    return caption, sentences
 
 
 def sample_object(rng, draw, place):
@@ -172,8 +182,11 @@ def building(path):
     partial.replace(path)
 
 
-def make_world(folder, n_train, n_val, bias, seed):
-    """Writes images/, train.jsonl, val.jsonl, truth.jsonl: the same arguments, the same bytes."""
+def make_world(folder, n_train, n_val, bias, seed, sample=sample_pair):
+    """Writes images/, train.jsonl, val.jsonl, truth.jsonl: the same arguments, the same bytes.
+
+    sample: draws a pair, as sample_pair() does.
+    """
     folder = Path(folder)
     rng = random.Random(seed)
     files = {"train": [], "val": [], "truth": []}
@@ -185,7 +198,7 @@ def make_world(folder, n_train, n_val, bias, seed):
         for i in tqdm(range(n_train + n_val), desc="drawing", unit="image", leave=False):
             split = "train" if i < n_train else "val"
             name = f"{split}-{i:05d}"
-            image, caption, truth = sample_pair(rng, bias)
+            image, caption, truth = sample(rng, bias)
             image.save(images / f"{name}.png")
             record = {"id": name, "image": f"images/{name}.png", "caption": caption}
             files[split].append(record)
