@@ -36,7 +36,6 @@ What is published: the name, and (in summaries) exact match and strict prefix. O
 ROUGE-L credit, the visual component, the brevity penalty, and normalising before adding.
 """
 
-import argparse
 import collections
 import random
 import re
@@ -45,7 +44,7 @@ import torch
 
 from common.answers import brevity_penalty, exact_match, normalise, prefix_credit, rouge_l
 from common.clip import Clip, add_clip_flags, load_other_images
-from common.stage import non_negative
+from common.stage import weight_type
 from common.text import ANSWER_TAG, MASK, split_words
 
 FILL_PROMPT = (
@@ -280,23 +279,12 @@ COMPONENTS = {
 # ---------------------------------------------------------------- flags and loading
 
 
-def component_weight(text):
-    """argparse type: 'visual=1.5' -> ('visual', 1.5)."""
-    name, _, weight = text.partition("=")
-    if not weight:
-        raise argparse.ArgumentTypeError(f"{text}: write NAME=WEIGHT, as {name}=1")
-    if name not in COMPONENTS:
-        known = ", ".join(COMPONENTS)
-        raise argparse.ArgumentTypeError(f"{text}: no such component; there are {known}")
-    return name, non_negative(weight)
-
-
 def add_reward_flags(parser):
     """The reward's flags, the same for every script that trains with it."""
     group = parser.add_argument_group("reward")
     add = group.add_argument
     defaults = [("semantic", 1.0), ("visual", 1.0)]
-    form = {"nargs": "+", "metavar": "NAME=WEIGHT", "type": component_weight}
+    form = {"nargs": "+", "metavar": "NAME=WEIGHT", "type": weight_type(COMPONENTS)}
     note = "components and their weights; one that is not named is off (semantic=1 visual=1)"
     add("--reward", **form, default=defaults, help=note)
     note = "semantic credit of an answer that is not exact (%(default)s)"

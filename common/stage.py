@@ -71,6 +71,21 @@ def non_negative(text):
     return value
 
 
+def weight_type(components):
+    """An argparse type: 'visual=1.5' -> ('visual', 1.5), of one of `components`."""
+
+    def component_weight(text):
+        name, _, weight = text.partition("=")
+        if not weight:
+            raise argparse.ArgumentTypeError(f"{text}: write NAME=WEIGHT, as {name}=1")
+        if name not in components:
+            known = ", ".join(components)
+            raise argparse.ArgumentTypeError(f"{text}: no such component; there are {known}")
+        return name, non_negative(weight)
+
+    return component_weight
+
+
 # ---------------------------------------------------------------- work in a thread
 
 

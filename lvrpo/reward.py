@@ -30,7 +30,7 @@ import torch
 
 from common.answers import normalise
 from common.records import fail
-from common.stage import non_negative
+from common.stage import weight_type
 from common.text import split_sentences, split_words, words_of
 from lvrpo.geneval import clauses, graded, verdict
 from lvrpo.judges import OpenVocabularyDetector, add_judge_flags, asks_colour
@@ -163,6 +163,23 @@ class DrawingReward:
         return pmi_over_images(scale * cosine, others).cpu()
 
 
+class RawSum:
+    """A reward whose components are added before they are normalised: one component, `sum`.
+
+    Whichever of them has the larger spread then decides.
+    """
+
+    def __init__(self, reward):
+        self.reward = reward
+        self.weights = {"sum": 1.0}
+
+    def __call__(self, *args):
+        components = self.reward(*args)
+        weights = self.reward.weights
+        total = sum(weight * components[name] for name, weight in weights.items())
+        return components | {"sum": total / sum(weights.values())}
+
+
 def pair_up(drawings, records):
     """([image, ...], [its record, ...]) of B groups of drawings."""
     images = [drawing for group in drawings for drawing in group]
@@ -228,21 +245,6 @@ class ReadingReward(Reward):
 # ---------------------------------------------------------------- flags and loading
 
 
-def weight_type(table):
-    """An argparse type: 'sem=1.5' -> ('sem', 1.5), of a component of this table."""
-
-    def component_weight(text):
-        name, _, weight = text.partition("=")
-        if not weight:
-            raise argparse.ArgumentTypeError(f"{text}: write NAME=WEIGHT, as {name}=1")
-        if name not in table:
-            known = ", ".join(table)
-            raise argparse.ArgumentTypeError(f"{text}: no such component; there are {known}")
-        return name, non_negative(weight)
-
-    return component_weight
-
-
 def add_lvrpo_reward_flags(parser):
     """The flags of both rewards; after parsing, --draw-reward and --read-reward are dicts."""
     group = parser.add_argument_group("rewards")
@@ -256,6 +258,8 @@ def add_lvrpo_reward_flags(parser):
     add("--verdict", default="graded", choices=("graded", "binary"), help=note)
     note = "sem and dense: relative to other prompts, or the cosine (%(default)s)"
     add("--draw-relative", default="prompts", choices=("prompts", "none"), help=note)
+    note = "add the components as they are, and normalise their sum (as the paper does)"
+    add("--raw-sum", action="store_true", help=note)
     add_judge_flags(group)
 
 

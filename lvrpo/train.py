@@ -35,6 +35,7 @@ from grpo_train import train
 from lvrpo.drawings import load_prompts, require_drawing
 from lvrpo.judges import load_judges
 from lvrpo.reward import (
+    RawSum,
     add_lvrpo_reward_flags,
     load_drawing_reward,
     load_reading_reward,
@@ -65,6 +66,10 @@ def load_tasks(args, root, policy):
             scorer = load_drawing_reward(args, records, clip, detector, knowledge)
         places = range(n_read, n_read + n_drawn)
         tasks.append(Drawing(args, root, policy, records, places, scorer))
+    for task in tasks:
+        if is_rewarded and args.raw_sum:
+            task.scorer = RawSum(task.scorer)
+            task.weights = task.scorer.weights
     return tasks
 
 

@@ -16,7 +16,8 @@ def drawings_figure(prompts, models):
     """
     samples = max(len(models[name][p["id"]]) for name in models for p in prompts)
     width = len(models) * (samples + 0.4) + 3.2
-    figure = Figure(figsize=(width * 0.8, len(prompts) * 0.95 + 0.5), facecolor="white")
+    height = len(prompts) * 1.15 + 0.6
+    figure = Figure(figsize=(width * 0.75, height * 0.75), facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(0, width)
     axes.set_ylim(len(prompts) * 1.15 + 0.1, -0.5)

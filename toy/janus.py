@@ -21,7 +21,6 @@ from transformers import (
 from common.captions import load_image
 from common.policy import without_text
 from common.records import load_records
-from common.text import split_sentences
 from common.vlm import join_prompts, response_positions
 from lvrpo.drawings import codes_of_drawings, encode_drawing
 from score_dependency import CAPTION_PROMPT
@@ -38,7 +37,6 @@ EDGE_WEIGHT = 8
 # images per step of the base
 READ_BATCH = 16
 DRAW_BATCH = 32
-QUESTION = 'Does this figure show "{text}"? Please answer yes or no.'
 TEMPLATE = (
     "<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}:{% for part in m['content'] %}"
     "{% if part['type'] == 'image' %}<image_placeholder>{% else %}{{ part['text'] }}{% endif %}"
@@ -263,15 +261,14 @@ def k_means(vectors, k, rounds=10):
 def train_janus(world, vq_steps, steps, seed):
     """Trains world/base on the captions and prompts of world: to read and to draw.
 
-    Reading is taught as to the toy's other base, and by yes-or-no questions about sentences.
+    Reading is taught as to the toy's other base. One drawing in ten has no prompt, for guidance.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
     records = load_records(world / "train.jsonl")
     prompts = load_records(world / "prompts_train.jsonl")
     captions = [record["caption"] for record in records]
-    questions = [QUESTION.format(text=prompt["prompt"]) for prompt in prompts[:100]]
-    processor = make_janus_processor([*captions, *questions, *["Yes", "No"] * 100])
+    processor = make_janus_processor(captions)
     model = make_janus(processor.tokenizer)
     train_vq(model, vq_steps, seed)
 
@@ -284,12 +281,8 @@ def train_janus(world, vq_steps, steps, seed):
         drawing = indices[READ_BATCH:]
         chosen = [images[i] for i in reading]
         texts = [captions[i] for i in reading]
-        kind = rng.random()
-        if kind < 0.1:
+        if rng.random() < 0.15:
             pairs = [(CAPTION_PROMPT, text) for text in texts]
-            loss = response_loss(model, processor, pairs, chosen)
-        elif kind < 0.25:
-            pairs = [yes_or_no(rng, prompts, i) for i in reading]
             loss = response_loss(model, processor, pairs, chosen)
         else:
             pairs = [fill_pair(fill_example(rng, text)) for text in texts]
@@ -302,15 +295,6 @@ def train_janus(world, vq_steps, steps, seed):
     desc = "base: reading and drawing"
     fit(model, loss_of, len(records), steps, batch, 3e-3, seed, desc, muon_lr=4e-3)
     save_checkpoint(model, processor, world / "base")
-
-
-def yes_or_no(rng, prompts, i):
-    """(question, answer) about a sentence of prompt i, or about that of another prompt."""
-    answer = rng.choice(("Yes", "No"))
-    j = i if answer == "Yes" else rng.randrange(len(prompts))
-    text = prompts[j]["prompt"]
-    start, end = rng.choice(split_sentences(text))
-    return QUESTION.format(text=text[start:end]), answer
 
 
 def drawing_loss(model, processor, texts, codes, is_empty):

@@ -13,14 +13,15 @@ class Size(NamedTuple):
     vq_steps: int = 700
     base_steps: int = 950
     clip_steps: int = 400
+    judge_steps: int = 200
     scored: int = 1200
-    updates: int = 120
+    updates: int = 150
     drawn: int | None = None
     judged: int | None = None
 
 
 FULL = Size()
-SMALL = Size(300, 40, 30, 20, 20, 100, updates=2, drawn=8, judged=20)
+SMALL = Size(300, 40, 30, 20, 20, 20, 100, updates=2, drawn=8, judged=20)
 
 # what is trained: (its name, how it differs from the recipe)
 RUNS = {
@@ -42,28 +43,30 @@ ABOUT = {
 
 def stages(out, seed, size):
     """Every stage in the world `out`: a list of steps of lanes of stages, as toy/stages.py has."""
-    pieces = model_stages(out, seed, size)
+    base, clip, judge = model_stages(out, seed, size)
     scores, masks = mask_stages(out, seed, size)
     runs = {name: train_stage(out, name, seed, size) for name in RUNS}
     evaluations = [stage for name in MODELS for stage in evaluate_stages(out, name, size)]
     return [
-        [[piece] for piece in pieces],
+        [[base], [clip]],
         [[stage] for stage in scores],
         [[stage] for stage in masks],
-        [[runs["both"]], [runs["drawing"], runs["reading"], runs["sft"]]],
+        [[judge, runs["both"]], [runs["drawing"], runs["reading"], runs["sft"]]],
         [evaluations[::2], evaluations[1::2]],
     ]
 
 
 def model_stages(out, seed, size):
-    """Training of the tiny Janus and of CLIP."""
+    """Training of the tiny Janus and of its two judges."""
     pieces = {
         "base": ["janus", str(size.vq_steps), str(size.base_steps)],
         "clip": ["clip", str(size.clip_steps)],
+        "judge": ["judge", str(size.judge_steps)],
     }
     about = {
         "base": "A tiny Janus: its VQ-VAE, then reading and drawing, from biased captions.",
         "clip": "CLIP, the judge of r_sem: it learns which text belongs to which image.",
+        "judge": "The judge of r_kn: a copy of the base, which learns to say yes or no.",
     }
     for name, piece in pieces.items():
         command = ["toy_world.py", "--piece", *piece, "--seed", str(seed), "--out", f"{out}"]
@@ -110,7 +113,7 @@ def evaluate_stages(out, name, size):
         flags = ("--guidance", guidance, "--temperature", temperature, "--samples", samples)
         if sampling == "guidance 1":
             # judges that did not give the verdict: r_sem and r_kn
-            flags += ("--clip", f"{out}/clip", "--knowledge", f"{out}/base")
+            flags += ("--clip", f"{out}/clip", "--knowledge", f"{out}/judge")
         command = recipe_command(
             "-m lvrpo.evaluate",
             "recipes/lvrpo-toy/evaluate.txt",

@@ -97,7 +97,7 @@ def print_results(out, results):
         ("stereotype colour obeyed", "guidance 1", "stereotype_obeyed"),
         ("other colour obeyed", "guidance 1", "other_obeyed"),
         ("r_sem, CLIP", "guidance 1", "sem"),
-        ("r_kn, P(yes) of the base", "guidance 1", "kn"),
+        ("r_kn, P(yes) of a copy of the base", "guidance 1", "kn"),
         ("distinct among four drawings", "guidance 1", "diversity"),
         ("exact match with the truth", "reading", "exact_match_truth"),
         ("stereotype rate (lower is better)", "reading", "stereotype_rate"),

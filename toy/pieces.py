@@ -4,10 +4,14 @@ import json
 
 from common.records import write_atomically
 from toy.janus import train_janus
+from toy.judge import train_judge
 from toy.probes import Probe
 from toy.questions import clip_metrics, write_benchmark
 from toy.training import accelerator, teach_questions, train_on_world
 from toy.world import make_world
+
+# models of the drawing world: the folder and the function that writes it
+DRAWING_MODELS = {"janus": ("base", train_janus), "judge": ("judge", train_judge)}
 
 
 def run_piece(out, bias, seed, name, *arguments):
@@ -16,6 +20,7 @@ def run_piece(out, bias, seed, name, *arguments):
     world TRAIN VAL           draws so many images
     base STEPS, clip STEPS    trains the base, or CLIP
     janus VQ_STEPS STEPS      trains the base of the drawing world
+    judge STEPS               trains the judge of the drawing world
     benchmark                 writes val.tsv, multiple choice about the painted colours
     teacher                   asks CLIP about the colours of held-out images (teacher.json)
     questions STEPS MODEL     tunes a checkpoint on questions and saves it as `out`
@@ -36,11 +41,12 @@ def run_piece(out, bias, seed, name, *arguments):
     if name == "world":
         n_train, n_val = arguments
         make_world(out, int(n_train), int(n_val), bias, seed)
-    elif name == "janus":
-        if (out / "base").exists():
-            print(f"reused {out / 'base'}")
+    elif name in DRAWING_MODELS:
+        written, train = DRAWING_MODELS[name]
+        if (out / written).exists():
+            print(f"reused {out / written}")
         else:
-            train_janus(out, *map(int, arguments), seed)
+            train(out, *map(int, arguments), seed)
     elif name in ("base", "clip"):
         if (out / name).exists():
             print(f"reused {out / name}")

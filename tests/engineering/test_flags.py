@@ -10,6 +10,8 @@ import pytest
 import build_masks
 import evaluate
 import grpo_train
+import lvrpo.evaluate
+import lvrpo.train
 import score_dependency
 from common.stage import make_parser, parse
 
@@ -22,6 +24,13 @@ SCRIPTS = {
     "train": grpo_train,
     "evaluate": evaluate,
     "questions": evaluate,
+}
+# those of LVRPO, and of Janus, which only LVRPO trains
+LVRPO_SCRIPTS = {
+    "train": lvrpo.train,
+    "train-8-gpus": lvrpo.train,
+    "evaluate": lvrpo.evaluate,
+    "draw": lvrpo.evaluate,
 }
 
 # ---------------------------------------------------------------- recipes
@@ -86,13 +95,26 @@ def test_a_recipe_that_does_not_exist_is_refused_in_one_line(capsys, tmp_path):
     assert "none.txt" in message
 
 
+def script_of(path):
+    """The script that a recipe is for, by the name of its file and its folder."""
+    if path.parent.name == "lvrpo-toy":
+        return LVRPO_SCRIPTS[path.stem]
+    if path.parent.name == "janus-pro-1b" and path.stem != "evaluate":
+        return LVRPO_SCRIPTS.get(path.stem) or SCRIPTS[path.stem]
+    return SCRIPTS[path.stem]
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_recipe_is_understood_by_its_script(path, monkeypatch):
     """With the paths that a recipe of a real model leaves open."""
-    script = SCRIPTS[path.stem]
+    script = script_of(path)
     paths = ["--out", "out"]
     if script is build_masks:
         paths += ["--scores", "scores.jsonl"]
+    elif script is lvrpo.evaluate:
+        paths += ["--model", "model", "--prompts", "prompts.jsonl"]
+    elif script is lvrpo.train:
+        paths += ["--model", "model", "--data", "data.jsonl", "--prompts", "prompts.jsonl"]
     else:
         paths += ["--model", "model", "--data", "data.jsonl"]
     monkeypatch.setattr(sys, "argv", [script.__name__, f"@{path}", *paths])
