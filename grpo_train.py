@@ -140,7 +140,6 @@ def train(policy, reference, tasks, args, run):
     load_step = functools.partial(micro_batches_of_step, tasks, args, run.rank, run.world)
     for step, micro_batches in zip(run.steps(), prefetch(load_step, run.steps())):
         began = time.time()
-        policy.rollout_seconds = 0.0
         rollouts = [None] * len(micro_batches)
         n_skipped = 0
         for _ in range(args.updates):
@@ -183,7 +182,7 @@ def train(policy, reference, tasks, args, run):
 
         metrics = step_metrics(step, sums, N, tasks)
         metrics |= {"grad_norm": grad_norm, "lr": args.lr, "skipped_update": n_skipped}
-        run.log_step(metrics | step_seconds(began, policy, rollouts, sums))
+        run.log_step(metrics | step_seconds(began, rollouts, sums))
         run.save_checkpoint(step, policy, optimizer)
 
 

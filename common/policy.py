@@ -135,7 +135,7 @@ class Policy(nn.Module):
             # autocast keeps its casts of weights: the first one must not be under no_grad
             self.logits(prompt_end, medium)
             ids, mask = self.sample(batch, prompt_end, cache, uniforms, medium)
-            self.rollout_seconds += time.time() - began
+            self.rollout_seconds = time.time() - began
 
         # (B*G, 1, D), where B counts unconditional rows too: it predicts the first token
         hidden = prompt_end.repeat_interleave(group, 0)

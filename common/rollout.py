@@ -18,6 +18,7 @@ class Rollout:
     completions: list = None  # (B, G) texts or images
     components: dict = None  # {name: (B, G)} in [0, 1]
     advantage: torch.Tensor = None  # (B, G)
+    rollout_seconds: float = 0.0
     reward_seconds: float = 0.0
 
 
@@ -38,7 +39,8 @@ def run_policy(net, batch, rollout, task, examples, step):
         places = [example.place for example in examples]
         uniforms = uniforms_of(step, places, G, task.max_length, task.args.seed).to(device)
         ids, mask, logps, entropy = net(batch, G, uniforms, medium=task.medium)
-        return Rollout(ids, mask), logps, entropy
+        rollout = Rollout(ids, mask, rollout_seconds=task.policy.rollout_seconds)
+        return rollout, logps, entropy
 
 
 def reference_logps(reference, batch, rollout, medium):

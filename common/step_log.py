@@ -78,14 +78,15 @@ def task_metrics(task, sums):
     }
 
 
-def step_seconds(began, policy, rollouts, sums):
+def step_seconds(began, rollouts, sums):
     """Where the time of a step went on this rank, and completions per second on all."""
     seconds = time.time() - began
+    rollout_seconds = sum(rollout.rollout_seconds for rollout in rollouts)
     reward_seconds = sum(rollout.reward_seconds for rollout in rollouts)
     return {
-        "rollout_seconds": policy.rollout_seconds,
+        "rollout_seconds": rollout_seconds,
         "reward_seconds": reward_seconds,
-        "update_seconds": seconds - policy.rollout_seconds - reward_seconds,
+        "update_seconds": seconds - rollout_seconds - reward_seconds,
         "completions_per_second": sums["completions"] / seconds,
     }
 

@@ -1,63 +1,11 @@
-"""Drawing prompts in, drawings out: lines of JSON, prompts as tensors, the codes of an image."""
+"""Prompts in, drawings out: the tokens of a prompt, the codes of an image."""
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common.records import BadRecord, fail, read_jsonl
+from common.records import BadRecord, fail
 from common.vlm import chat_prompt, encode_prompt
-
-
-def read_prompts(path):
-    """Yields (line number, {id, prompt, tag?, include?, exclude?, ...} or BadRecord).
-
-    The id of a record without one, as in GenEval's file, is the index of its line: "0" at first.
-    """
-    for number, record in read_jsonl(path, ("prompt",)):
-        if isinstance(record, dict):
-            record = {"id": number - 1, **record}
-            record = _checked(record)
-        yield number, record
-
-
-def _checked(record):
-    """The record, or a BadRecord if it cannot be drawn, or judged by GenEval's rules."""
-    if type(record["id"]) is int:
-        record["id"] = str(record["id"])
-    texts = (record["prompt"], record["id"], record.get("tag", ""))
-    if not all(isinstance(text, str) for text in texts) or not record["prompt"].strip():
-        return BadRecord("prompt, id and tag must be text, and the prompt not empty")
-    for field in ("include", "exclude"):
-        wanted = record.get(field, [])
-        if not isinstance(wanted, list) or not all(map(_is_requirement, enumerate(wanted))):
-            form = 'class, count from 1, color?, position? ["left of", index of an earlier one]'
-            return BadRecord(f"{field} must be a list of objects with {form}")
-    return record
-
-
-def _is_requirement(numbered):
-    match numbered:
-        case i, {"position": [relation, int(target)]}:
-            is_sound = relation in ("left of", "right of", "above", "below") and 0 <= target < i
-        case _, wanted:
-            is_sound = isinstance(wanted, dict) and "position" not in wanted
-    match numbered:
-        case _, {"class": str(), "count": int(count), **more}:
-            return is_sound and count > 0 and isinstance(more.get("color", ""), str)
-    return False
-
-
-def load_prompts(path):
-    """The usable records of a file of prompts; unusable ones are named on the screen."""
-    records = []
-    for number, record in read_prompts(path):
-        if isinstance(record, dict):
-            records.append(record)
-        else:
-            print(f"skipped {path}:{number}: {record}")
-    if not records:
-        fail(f"{path}: no prompt that can be used; each line should be an object with a prompt")
-    return records
 
 
 def require_drawing(policy, name):

@@ -38,6 +38,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from common.drawing_prompts import read_prompts
+from common.judges import Knowledge, asks_colour, load_detector
 from common.policy import Policy, repeat_prompts
 from common.ranks import setup_distributed
 from common.records import BadRecord, fail, fingerprint, load_records, write_atomically, write_json
@@ -54,9 +56,8 @@ from common.stage import (
 from common.stats import paired_difference, share, with_intervals
 from common.training import uniforms_of
 from common.vlm import join_prompts, load_vlm
-from lvrpo.drawings import drawings_of_codes, encode_drawing, read_prompts, require_drawing
+from lvrpo.drawings import drawings_of_codes, encode_drawing, require_drawing
 from lvrpo.geneval import clauses
-from lvrpo.judges import Knowledge, asks_colour, load_detector
 from lvrpo.reward import DrawingReward, draw_rivals, sentences_of
 from reward import ClipScorer
 

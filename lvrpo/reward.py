@@ -29,12 +29,12 @@ import random
 import torch
 
 from common.answers import normalise
+from common.judges import OpenVocabularyDetector, asks_colour
 from common.records import fail
 from common.stage import weight_type
 from common.text import split_sentences, split_words, words_of
 from lvrpo.geneval import clauses, graded, verdict
-from lvrpo.judges import OpenVocabularyDetector, add_judge_flags, asks_colour
-from lvrpo.judges import load_judges as load_judges  # for scripts, which load all rewards here
+from lvrpo.judges import add_judge_flags
 from reward import (
     Reward,
     fill,

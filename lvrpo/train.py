@@ -22,6 +22,7 @@ codes. That, --draw-share, and normalising each component before adding are ours
 import torch
 
 from common.captions import image_root
+from common.drawing_prompts import load_prompts
 from common.masks import load_masks
 from common.policy import Policy, freeze_unused
 from common.ranks import setup_distributed
@@ -32,7 +33,7 @@ from common.training import autocast
 from common.training_flags import add_training_flags, check_training_flags
 from common.vlm import join_prompts, load_vlm
 from grpo_train import train
-from lvrpo.drawings import load_prompts, require_drawing
+from lvrpo.drawings import require_drawing
 from lvrpo.judges import load_judges
 from lvrpo.reward import (
     RawSum,

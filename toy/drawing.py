@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from common.judges import Detection
 from common.records import load_records, write_atomically
-from lvrpo.geneval import Detection
 from toy.world import (
     COLOURS,
     GENERAL_SENTENCES,

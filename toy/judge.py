@@ -9,10 +9,10 @@ import random
 import torch
 from tqdm import tqdm
 
+from common.judges import QUESTION
 from common.records import load_records
 from common.text import split_sentences
 from common.vlm import load_vlm
-from lvrpo.judges import QUESTION
 from toy.drawing import CORNERS, KINDS, RADII
 from toy.training import fit, response_loss, save_checkpoint
 from toy.world import COLOURS, load_world_image

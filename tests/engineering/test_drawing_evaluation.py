@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from common.drawing_prompts import load_prompts, read_prompts
 from common.policy import Policy
 from common.records import BadRecord, load_records
 from common.sheets import sheet
 from common.vlm import load_vlm
 from lvrpo import evaluate
-from lvrpo.drawings import drawings_of_codes, encode_drawing, load_prompts, read_prompts
+from lvrpo.drawings import drawings_of_codes, encode_drawing
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -29,7 +30,7 @@ PROMPTS = [
 ]
 # finds a red circle in whatever is drawn, and a square left of it if the middle is reddish
 DETECTOR = """
-from lvrpo.geneval import Detection
+from common.judges import Detection
 
 def detect(images, records):
     found = []

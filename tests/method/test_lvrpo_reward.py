@@ -23,15 +23,10 @@ from transformers import (
     SwinConfig,
 )
 
-from lvrpo import judges
-from lvrpo.geneval import Detection
-from lvrpo.judges import (
-    Knowledge,
-    class_of,
-    crop_of,
-    load_detector,
-    load_judges,
-)
+from common import judges
+from common.judges import Detection, Knowledge, class_of, crop_of, load_detector
+from lvrpo import judges as lvrpo_judges
+from lvrpo.judges import load_judges
 from lvrpo.reward import (
     DRAWING_COMPONENTS,
     READING_COMPONENTS,
@@ -627,8 +622,9 @@ def loaded(monkeypatch):
 
         return load
 
-    for name in ("ClipScorer", "OpenVocabularyDetector", "Knowledge"):
-        monkeypatch.setattr(judges, name, loads(name))
+    monkeypatch.setattr(judges, "OpenVocabularyDetector", loads("OpenVocabularyDetector"))
+    for name in ("ClipScorer", "Knowledge"):
+        monkeypatch.setattr(lvrpo_judges, name, loads(name))
     return names
 
 

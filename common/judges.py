@@ -1,0 +1,187 @@
+"""Judges of drawings: a VLM that is asked for yes or no, and detectors that name objects.
+
+A detector is a function detect(images, records) -> [{class: [Detection, ...]}, ...]: for each PIL
+image a dict with the classes that its record, a prompt with GenEval's requirements, asks for.
+"""
+
+import importlib
+from itertools import groupby
+from operator import itemgetter
+from typing import NamedTuple
+
+import torch
+from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+
+from common.records import fail
+from common.text import words_of
+from common.vlm import chat_prompt, encode_prompts, load_vlm
+
+QUESTION = 'Does this figure show "{text}"? Please answer yes or no.'
+# prompts per pass of the VLM
+BATCH = 32
+# GenEval's
+COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
+# boxes below are dropped; GenEval's own, higher thresholds are applied by its rules
+BOX_THRESHOLD = 0.1
+# at most so many objects of a class
+MOST = 16
+
+
+class Detection(NamedTuple):
+    """An object of a drawing: (x0, y0, x1, y1) in pixels, y downwards; its colour may be None."""
+
+    box: tuple
+    score: float
+    colour: str | None = None
+
+
+class Knowledge:
+    """A VLM that is asked whether an image shows a text.
+
+    As in VQAScore (arXiv 2404.01291) the score is P(yes) over the vocabulary, at the first token of
+    the answer; it is not divided by P(yes) + P(no). All spellings of yes count.
+    """
+
+    def __init__(self, name, device):
+        self.model, self.processor = load_vlm(name, device)
+        tokenizer = self.processor.tokenizer
+        # what a completion writes may not become a placeholder, nor end the question
+        self.special_tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        firsts = set()
+        for spelling in ("Yes", "yes", " Yes", " yes"):
+            firsts.add(tokenizer(spelling, add_special_tokens=False).input_ids[0])
+        # some tokenizers split off the space, with which any word may begin
+        self.yes_ids = sorted(token for token in firsts if tokenizer.decode([token]).strip())
+
+    def question(self, text):
+        """The chat prompt that asks whether the image shows `text`."""
+        for token in self.special_tokens:
+            text = text.replace(token, " ")
+        return chat_prompt(self.processor, QUESTION.format(text=text))
+
+    @torch.no_grad()
+    def p_yes(self, images, texts):
+        """(N,): the probability that the model says yes to texts[n] of images[n]."""
+        prompts = [self.question(text) for text in texts]
+        p = torch.zeros(len(texts))
+        for start in range(0, len(texts), BATCH):
+            part = slice(start, start + BATCH)
+            shown = [[image] for image in images[part]]
+            batch = encode_prompts(self.model, self.processor, prompts[part], shown)
+            # padding is on the left: the last position is that of the answer
+            logits = self.model(**batch, logits_to_keep=1, use_cache=False).logits[:, -1]
+            p[part] = logits.float().softmax(-1)[:, self.yes_ids].sum(-1).cpu()
+        return p
+
+
+def load_detector(name, clip, device):
+    """The detector of --detector: module:function, or a model that `clip` names colours for."""
+    if ":" not in name:
+        return OpenVocabularyDetector(name, clip, device)
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        fail(f"--detector {name} cannot be imported: {error}")
+
+
+class OpenVocabularyDetector:
+    """Owlv2 or GroundingDINO of transformers, a hub id or a folder. clip: a Clip, for colours.
+
+    GenEval set its thresholds for Mask2Former. The confidence of these models is another one: few
+    boxes may pass the 0.9 that a prompt about numbers asks for.
+    """
+
+    def __init__(self, name, clip, device):
+        self.clip = clip
+        try:
+            self.processor = AutoProcessor.from_pretrained(name)
+            self.model = AutoModelForZeroShotObjectDetection.from_pretrained(name)
+        except Exception as error:
+            # transformers, tokenizers, safetensors and torch each raise their own
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            fail(f"--detector {name} cannot be loaded: {reason}")
+        self.model.to(device).eval()
+        self.thresholds = {"threshold": BOX_THRESHOLD}
+        if "GroundingDino" in type(self.processor).__name__:
+            # which of the prompt's words name a box
+            self.thresholds["text_threshold"] = BOX_THRESHOLD
+
+    @torch.no_grad()
+    def __call__(self, images, records):
+        """[{class: [Detection, ...]}, ...], in pixels; at most MOST per class, surest first."""
+        found = []
+        for record, pairs in groupby(zip(images, records), itemgetter(1)):
+            found += self.detect([image for image, _ in pairs], record)
+        return found
+
+    def detect(self, images, record):
+        """The objects in drawings of one prompt, which share their labels."""
+        wanted = [*record.get("include", ()), *record.get("exclude", ())]
+        names = list(dict.fromkeys(entry["class"] for entry in wanted))
+        coloured = {entry["class"] for entry in wanted if "color" in entry}
+        labels = [names] * len(images)
+        inputs = self.processor(images=images, text=labels, return_tensors="pt")
+        outputs = self.model(**inputs.to(self.model.device))
+        results = self.processor.post_process_grounded_object_detection(
+            outputs,
+            # without sizes, boxes are from 0 to 1
+            target_sizes=[(image.height, image.width) for image in images],
+            text_labels=labels,
+            **self.thresholds,
+        )
+
+        found = []
+        for image, result in zip(images, results):
+            objects = {name: [] for name in names}
+            for i in result["scores"].argsort(descending=True).tolist():
+                name = class_of(result["text_labels"][i], names)
+                if name is not None and len(objects[name]) < MOST:
+                    box = tuple(result["boxes"][i].tolist())
+                    objects[name].append(Detection(box, result["scores"][i].item()))
+            for name in coloured:
+                objects[name] = self.with_colours(image, name, objects[name])
+            found.append(objects)
+        return found
+
+    def with_colours(self, image, name, detections):
+        """The same detections, each with that of COLOURS which CLIP finds its crop to fit best."""
+        if not detections:
+            return []
+        crops = [crop_of(image, detection.box) for detection in detections]
+        texts = [f"a photo of a {colour} {name}" for colour in COLOURS]
+        fit = self.clip.image_features(crops) @ self.clip.text_features(texts).T
+        colours = [COLOURS[i] for i in fit.argmax(-1).tolist()]
+        return [d._replace(colour=colour) for d, colour in zip(detections, colours)]
+
+
+def asks_colour(record):
+    """Whether a prompt asks for an object of some colour."""
+    return any("color" in wanted for wanted in record.get("include", ()))
+
+
+def class_of(phrase, names):
+    """The name that shares the largest part of its words with a phrase; None if none does.
+
+    Owlv2 labels a box with a name. GroundingDINO labels it with the words that fit: "hot" or "hot
+    dog" is the class "hot dog" and not "dog"; "dog" is "dog".
+    """
+    words = set(words_of(phrase))
+    best = None
+    most = 0.0
+    for name in names:
+        known = set(words_of(name))
+        share = len(words & known) / max(len(words | known), 1)
+        if share > most:
+            best = name
+            most = share
+    return best
+
+
+def crop_of(image, box):
+    """The part of an image in a box, of at least one pixel."""
+    left = min(max(int(box[0]), 0), image.width - 1)
+    top = min(max(int(box[1]), 0), image.height - 1)
+    right = max(min(int(box[2]) + 1, image.width), left + 1)
+    bottom = max(min(int(box[3]) + 1, image.height), top + 1)
+    return image.crop((left, top, right, bottom))
