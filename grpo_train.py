@@ -99,9 +99,9 @@ def weighting(args, tasks):
 
     Imitation of two tasks weighs completions alike: an image has more codes than a phrase tokens.
     """
-    if args.objective == "sft" and len(tasks) == 1:
-        return "sft"
-    return args.loss
+    if args.objective == "grpo":
+        return args.loss
+    return "sft" if len(tasks) == 1 else "grpo"
 
 
 def token_weights(mask, loss, max_length):

@@ -22,14 +22,15 @@ class Prompts:
     """Records as Examples. A record that cannot be used gives way to the next good one.
 
     encode(place, record) -> Example, or raises BadRecord; `bad` holds the indices of such records.
-    places: a range, of the prompts of a step those that come from here.
+    places: a range, of the prompts of a step those that come from here. flag: names their file.
     """
 
-    def __init__(self, records, encode, places, seed):
+    def __init__(self, records, encode, places, seed, flag="--data"):
         self.records = records
         self.encode = encode
         self.places = places
         self.seed = seed
+        self.flag = flag
         self.bad = set()
 
     def examples_of_step(self, step, rank=0, world=1):
@@ -56,5 +57,5 @@ class Prompts:
                 self.bad.add(index)
                 tqdm.write(f"skipped record {record['id']}: {error}")
                 if len(self.bad) == len(self.records):
-                    fail("no record of --data can be used")
+                    fail(f"no record of {self.flag} can be used; of the last one: {error}")
             index = (index + 1) % len(self.records)

@@ -290,7 +290,8 @@ def _written_files(out):
     """What a run of this script may have written in `out`."""
     names = ("metrics.jsonl", "samples.txt", "curves.png", "run.json")
     logs = [out / name for name in names if (out / name).exists()]
-    return [*checkpoints(out).values(), *logs]
+    drawings = sorted(out.glob("samples/step-*.png"))
+    return [*checkpoints(out).values(), *logs, *drawings]
 
 
 def _delete(path):

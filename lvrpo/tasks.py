@@ -41,7 +41,7 @@ class Drawing:
         self.max_length = policy.media["image"].length
         # a tokenizer cannot serve two threads ("Already borrowed")
         self.processor = copy.deepcopy(policy.processor)
-        self.prompts = Prompts(records, self.encode, places, args.seed)
+        self.prompts = Prompts(records, self.encode, places, args.seed, flag="--prompts")
         self.scorer = scorer
         self.weights = scorer.weights if scorer else {}
 

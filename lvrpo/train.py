@@ -139,8 +139,9 @@ def main():
         reference.requires_grad_(False)
 
     tasks = load_tasks(args, root, policy)
-    # the VQ-VAE turns codes into pixels, and is no part of the policy
-    policy.model.model.vqmodel.requires_grad_(False)
+    if "image" in policy.media:
+        # the VQ-VAE turns codes into pixels, and is no part of the policy
+        policy.model.model.vqmodel.requires_grad_(False)
     first = {
         task.medium: join_prompts(policy.model, [task.prompts.first().prompt]) for task in tasks
     }

@@ -13,7 +13,7 @@ class Size(NamedTuple):
     vq_steps: int = 700
     base_steps: int = 950
     clip_steps: int = 400
-    judge_steps: int = 200
+    judge_steps: int = 400
     scored: int = 1200
     updates: int = 150
     drawn: int | None = None
