@@ -15,7 +15,8 @@ OUT/lvrpo.json, of base, sft, drawing, reading and both:
       place, kind, size
                 share of shapes that are there, of the right kind, of the right size
       sem, kn   r_sem and r_kn, judges that gave no verdict; of guidance 1 only
-      diversity share of distinct drawings among four of one prompt; of guidance 1 only
+      diversity share of drawings that show something else than the samples of the same prompt
+                before them; of guidance 1, with four samples
     ceiling     share of held-out images that are still right after the VQ-VAE
     seconds     by stage; "in all" is elapsed time
 """
@@ -54,9 +55,10 @@ def measure(out):
             drawings = load_records(folder / "drawings.jsonl")
             scores = json.loads((folder / "results.json").read_text())["drawing"]
             measured = drawing_metrics(drawings, prompts)
-            for metric in ("overall", "sem", "kn", "diversity"):
+            for metric in ("overall", "sem", "kn"):
                 if metric in scores:
                     measured[metric] = scores[metric]["value"] / 100
+            measured["diversity"] = diversity(folder, drawings)
             results[name][sampling] = measured
     return results
 
@@ -79,6 +81,15 @@ def drawing_metrics(drawings, prompts):
     return {name: mean(values) for name, values in shares.items()}
 
 
+def diversity(folder, drawings):
+    """The share of drawings that show something else than earlier samples of their prompt."""
+    shown = set()
+    for drawing in drawings:
+        content = nearest(load_world_image(folder, drawing["image"]))
+        shown.add((drawing["id"], *content.values()))
+    return len(shown) / len(drawings)
+
+
 def ceiling(out, prompts):
     """The share of images that the VQ-VAE of the base keeps right: no drawing can do better."""
     model, processor = load_vlm(str(out / "base"), torch.device("cpu"))
@@ -98,7 +109,7 @@ def print_results(out, results):
         ("other colour obeyed", "guidance 1", "other_obeyed"),
         ("r_sem, CLIP", "guidance 1", "sem"),
         ("r_kn, P(yes) of a copy of the base", "guidance 1", "kn"),
-        ("distinct among four drawings", "guidance 1", "diversity"),
+        ("different among four drawings", "guidance 1", "diversity"),
         ("exact match with the truth", "reading", "exact_match_truth"),
         ("stereotype rate (lower is better)", "reading", "stereotype_rate"),
     )

@@ -22,7 +22,7 @@ from toy.drawing import (
 from toy.janus import N_CODES, k_means, make_janus, make_janus_processor, random_drawings
 from toy.judge import change_a_word
 from toy.lvrpo_stages import FULL, MODELS, RUNS, SAMPLINGS, stages
-from toy.lvrpo_world import drawing_metrics
+from toy.lvrpo_world import diversity, drawing_metrics
 from toy.world import COLOURS, STEREOTYPE, load_truth
 
 
@@ -173,3 +173,18 @@ def test_obedience_is_counted_by_whether_the_colour_is_the_stereotype():
     metrics = drawing_metrics([drawing], {"a": prompt})
     assert metrics["stereotype_obeyed"] == 0 and metrics["other_obeyed"] == 1
     assert metrics["kind"] == metrics["place"] == metrics["size"] == 1 and metrics["right"] == 0
+
+
+def test_drawings_of_one_prompt_are_different_if_they_show_something_else(tmp_path):
+    """Noise makes no difference; of two prompts with two samples each, one repeats itself."""
+    circle = {"top left": ("circle", "blue", "small")}
+    square = {"top left": ("square", "blue", "small")}
+    drawings = []
+    for i, (name, objects) in enumerate(
+        [("a", circle), ("a", circle), ("b", circle), ("b", square)]
+    ):
+        image = compose(objects)
+        image.putpixel((31, 31), (120 + i, 120, 120))
+        image.save(tmp_path / f"{i}.png")
+        drawings.append({"id": name, "image": f"{i}.png"})
+    assert diversity(tmp_path, drawings) == 3 / 4

@@ -31,6 +31,7 @@ from lvrpo.reward import (
     DRAWING_COMPONENTS,
     READING_COMPONENTS,
     DrawingReward,
+    RawSum,
     ReadingReward,
     add_lvrpo_reward_flags,
     check_prompts,
@@ -39,7 +40,7 @@ from lvrpo.reward import (
     load_drawing_reward,
     load_reading_reward,
 )
-from reward import COMPONENTS, ClipScorer, Reward
+from reward import COMPONENTS, ClipScorer, Reward, advantages
 
 CPU = torch.device("cpu")
 PROMPT = {"id": "p1", "prompt": "A red circle. A blue square."}
@@ -676,3 +677,29 @@ def test_a_colour_that_nobody_can_name_is_refused_before_training(detector):
     assert load_drawing_reward(args, [plain], None, detector, None).weights == {"ins": 1}
     # a function knows colours without a CLIP
     assert load_drawing_reward(args, [OBJECTS], None, detect_by_number, None).weights == {"ins": 1}
+
+
+def test_a_raw_sum_is_decided_by_the_component_with_the_larger_spread():
+    """One component prefers the first completion by 0.1, another the second by 1, with like weight.
+
+    Normalised one by one they all but balance; summed first, the second decides.
+    """
+    small = torch.tensor([[0.6, 0.5]])
+    large = torch.tensor([[0.0, 1.0]])
+
+    class Both:
+        weights = {"a": 1.0, "b": 1.0}
+
+        def __call__(self):
+            return {"a": small, "b": large}
+
+    one_by_one = advantages(Both()(), Both.weights, eps=1e-4)
+    raw = RawSum(Both())
+    components = raw()
+    summed = advantages(components, raw.weights, eps=1e-4)
+    assert raw.weights == {"sum": 1.0}
+    torch.testing.assert_close(components["sum"], torch.tensor([[0.3, 0.75]]))
+    # what was added is still there to be logged
+    assert components["a"] is small and components["b"] is large
+    assert one_by_one.abs().max() < 2e-3
+    assert summed[0, 1] > 0.7
