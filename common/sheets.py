@@ -1,21 +1,31 @@
-"""A sheet of small images to look at."""
+"""A sheet of small images to look at, each with its caption."""
+
+import textwrap
 
 from PIL import Image, ImageDraw, ImageFont
 
+SMALLEST = 160  # pixels of a side
+MOST_LINES = 4
+LINE_HEIGHT = 14  # pixels
+
 
 def sheet(images, captions, columns):
-    """A page of drawings of one size, each of at least 96 pixels, with a line of text below it."""
-    font = ImageFont.load_default()
-    scale = -(-96 // min(96, *images[0].size))
+    """One image of `images` of one size in rows of `columns`, with captions below them.
+
+    Small images are enlarged; captions are wrapped, and what follows their fourth line is left out.
+    """
+    font = ImageFont.load_default(11)
+    scale = -(-SMALLEST // min(SMALLEST, *images[0].size))
     width, height = (scale * side for side in images[0].size)
+    wrapped = [textwrap.wrap(caption, width // 6)[:MOST_LINES] for caption in captions]
+    text_height = LINE_HEIGHT * max(len(lines) for lines in wrapped) + 6
     rows = -(-len(images) // columns)
-    page = Image.new("RGB", (columns * (width + 8), rows * (height + 20)), "white")
-    for i, (image, caption) in enumerate(zip(images, captions)):
+    page = Image.new("RGB", (columns * (width + 8), rows * (height + text_height + 4)), "white")
+    draw = ImageDraw.Draw(page)
+    for i, (image, lines) in enumerate(zip(images, wrapped)):
         x = i % columns * (width + 8) + 4
-        y = i // columns * (height + 20) + 4
+        y = i // columns * (height + text_height + 4) + 4
         page.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
-        text = " ".join(caption.split())[: width // 2]
-        while font.getlength(text) > width:
-            text = text[:-1]
-        ImageDraw.Draw(page).text((x, y + height), text, "black", font)
+        for number, line in enumerate(lines):
+            draw.text((x, y + height + LINE_HEIGHT * number), line, "black", font)
     return page

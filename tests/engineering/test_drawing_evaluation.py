@@ -382,8 +382,9 @@ def test_a_decoded_image_is_that_of_transformers_up_to_rounding(checkpoint):
 def test_a_sheet_enlarges_tiny_drawings_and_cuts_long_captions():
     images = [Image.new("RGB", (32, 32), colour) for colour in ("red", "lime", "blue")]
     page = sheet(images, ["short", "two\nlines", "long " * 50], 2)
-    assert page.size == (2 * 104, 2 * 116)
-    assert page.getpixel((50, 50)) == (255, 0, 0) and page.getpixel((154, 50)) == (0, 255, 0)
-    assert page.getpixel((50, 166)) == (0, 0, 255) and page.getpixel((154, 166)) == (255,) * 3
+    # five times as large; four lines of text, of which the longest caption fills all
+    assert page.size == (2 * 168, 2 * (160 + 62 + 4))
+    assert page.getpixel((80, 80)) == (255, 0, 0) and page.getpixel((250, 80)) == (0, 255, 0)
+    assert page.getpixel((80, 300)) == (0, 0, 255) and page.getpixel((250, 300)) == (255,) * 3
     large = sheet([Image.new("RGB", (384, 384))], ["x"], 1)
-    assert large.size == (392, 404)
+    assert large.size == (392, 384 + 20 + 4)

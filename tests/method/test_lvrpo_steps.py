@@ -542,9 +542,9 @@ def test_the_sheet_of_a_step_shows_the_drawings_of_a_group(steps):
     assert len(drawings) == G
     with Image.open(log.out / "samples" / "step-1.png") as page:
         for g, drawing in enumerate(drawings):
-            # three times as large, in a row, with margins of 4
-            x = 4 + 104 * g
-            shown = page.crop((x, 4, x + 96, 100)).resize((32, 32), Image.Resampling.NEAREST)
+            # five times as large, in a row, with margins of 4
+            x = 4 + 168 * g
+            shown = page.crop((x, 4, x + 160, 164)).resize((32, 32), Image.Resampling.NEAREST)
             assert shown.tobytes() == drawing.tobytes()
     assert len({drawing.tobytes() for drawing in drawings}) == G
 
