@@ -51,7 +51,7 @@ def stages(out, seed, size):
         [[base], [clip]],
         [[stage] for stage in scores],
         [[stage] for stage in masks],
-        [[judge, runs["both"]], [runs["drawing"], runs["reading"], runs["sft"]]],
+        [[runs["both"], runs["reading"]], [judge, runs["drawing"], runs["sft"]]],
         [evaluations[::2], evaluations[1::2]],
     ]
 
