@@ -169,7 +169,7 @@ def train(policy, reference, tasks, args, run):
                 else:
                     objective, kl, clipped = grpo_objective(logps, rollout, args)
                 u = token_weights(rollout.mask, kind, task.max_length)
-                loss = -(objective * u).sum() + zero_anchor(policy, tasks)
+                loss = -(objective * u).sum() + zero_anchor(net, tasks)
                 (loss * (not is_idle)).backward()
                 if not is_idle:
                     count(sums, policy, batch, rollout, task, loss, entropy, kl, clipped)

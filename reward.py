@@ -223,11 +223,11 @@ def pmi_over_images(score, other_scores):
     """sigmoid of the pointwise mutual information: score (...) - log mean exp of others (..., J).
 
     Both are in nats. Text that fits every image gets sigmoid(0) = 1/2. -inf among the others marks
-    the image itself, which does not take part.
+    the image itself, which does not take part; if no other is left, the result is 1/2.
     """
     count = (other_scores > float("-inf")).sum(-1)
     log_mean = other_scores.logsumexp(-1) - count.log()
-    return torch.sigmoid(score - log_mean)
+    return torch.sigmoid(torch.where(count > 0, score - log_mean, 0.0))
 
 
 class ClipScorer(Clip):

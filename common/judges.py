@@ -10,11 +10,13 @@ from operator import itemgetter
 from typing import NamedTuple
 
 import torch
+from torchvision.ops import batched_nms
+from tqdm import tqdm
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-from common.records import fail
+from common.records import BadRecord, fail
 from common.text import words_of
-from common.vlm import chat_prompt, encode_prompts, load_vlm
+from common.vlm import chat_prompt, encode_prompt, join_prompts, load_vlm
 
 QUESTION = 'Does this figure show "{text}"? Please answer yes or no.'
 # prompts per pass of the VLM
@@ -23,6 +25,10 @@ BATCH = 32
 COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
 # boxes below are dropped; GenEval's own, higher thresholds are applied by its rules
 BOX_THRESHOLD = 0.1
+# words of a prompt below do not name a box
+TEXT_THRESHOLD = 0.3
+# of two boxes of a class that overlap by more, the less sure is dropped
+OVERLAP = 0.5
 # at most so many objects of a class
 MOST = 16
 
@@ -46,7 +52,9 @@ class Knowledge:
         self.model, self.processor = load_vlm(name, device)
         tokenizer = self.processor.tokenizer
         # what a completion writes may not become a placeholder, nor end the question
-        self.special_tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        added = tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special}
+        self.special_tokens = sorted({*special, self.processor.image_token}, key=len, reverse=True)
         firsts = set()
         for spelling in ("Yes", "yes", " Yes", " yes"):
             firsts.add(tokenizer(spelling, add_special_tokens=False).input_ids[0])
@@ -61,13 +69,22 @@ class Knowledge:
 
     @torch.no_grad()
     def p_yes(self, images, texts):
-        """(N,): the probability that the model says yes to texts[n] of images[n]."""
-        prompts = [self.question(text) for text in texts]
+        """(N,): the probability that the model says yes to texts[n] of images[n].
+
+        What it cannot be asked, such as an image that its processor refuses, gets 0 and is named.
+        """
+        prompts = {}
+        for n, (image, text) in enumerate(zip(images, texts)):
+            try:
+                question = self.question(text)
+                prompts[n] = encode_prompt(self.model, self.processor, question, [image])
+            except BadRecord as error:
+                tqdm.write(f"the judge of knowledge cannot be asked, which counts as no: {error}")
         p = torch.zeros(len(texts))
-        for start in range(0, len(texts), BATCH):
-            part = slice(start, start + BATCH)
-            shown = [[image] for image in images[part]]
-            batch = encode_prompts(self.model, self.processor, prompts[part], shown)
+        asked = list(prompts)
+        for start in range(0, len(asked), BATCH):
+            part = asked[start : start + BATCH]
+            batch = join_prompts(self.model, [prompts[n] for n in part])
             # padding is on the left: the last position is that of the answer
             logits = self.model(**batch, logits_to_keep=1, use_cache=False).logits[:, -1]
             p[part] = logits.float().softmax(-1)[:, self.yes_ids].sum(-1).cpu()
@@ -75,14 +92,33 @@ class Knowledge:
 
 
 def load_detector(name, clip, device):
-    """The detector of --detector: module:function, or a model that `clip` names colours for."""
+    """The detector of --detector: module:function, or a model that `clip` names colours for.
+
+    One that raises, or does not return a dict per image, ends the program in one line.
+    """
     if ":" not in name:
         return OpenVocabularyDetector(name, clip, device)
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        fail(f"--detector {name} cannot be imported: {error}")
+        detector = getattr(importlib.import_module(module), function)
+    except Exception as error:
+        # whatever the module raises when it is imported
+        fail(f"--detector {name} cannot be imported: {type(error).__name__}: {error}")
+    if not callable(detector):
+        fail(f"--detector {name} is no function")
+
+    def detect(images, records):
+        try:
+            found = detector(images, records)
+        except Exception as error:
+            fail(f"--detector {name} failed: {type(error).__name__}: {error}")
+        if not isinstance(found, list) or [type(objects) for objects in found] != [dict] * len(
+            images
+        ):
+            fail(f"--detector {name} must return a list with a dict for each image")
+        return found
+
+    return detect
 
 
 class OpenVocabularyDetector:
@@ -96,7 +132,8 @@ class OpenVocabularyDetector:
         self.clip = clip
         try:
             self.processor = AutoProcessor.from_pretrained(name)
-            self.model = AutoModelForZeroShotObjectDetection.from_pretrained(name)
+            load = AutoModelForZeroShotObjectDetection.from_pretrained
+            self.model = load(name, dtype=torch.float32)
         except Exception as error:
             # transformers, tokenizers, safetensors and torch each raise their own
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -105,7 +142,7 @@ class OpenVocabularyDetector:
         self.thresholds = {"threshold": BOX_THRESHOLD}
         if "GroundingDino" in type(self.processor).__name__:
             # which of the prompt's words name a box
-            self.thresholds["text_threshold"] = BOX_THRESHOLD
+            self.thresholds["text_threshold"] = TEXT_THRESHOLD
 
     @torch.no_grad()
     def __call__(self, images, records):
@@ -119,7 +156,7 @@ class OpenVocabularyDetector:
         """The objects in drawings of one prompt, which share their labels."""
         wanted = [*record.get("include", ()), *record.get("exclude", ())]
         names = list(dict.fromkeys(entry["class"] for entry in wanted))
-        coloured = {entry["class"] for entry in wanted if "color" in entry}
+        coloured = {entry["class"] for entry in record.get("include", ()) if "color" in entry}
         labels = [names] * len(images)
         inputs = self.processor(images=images, text=labels, return_tensors="pt")
         outputs = self.model(**inputs.to(self.model.device))
@@ -134,10 +171,14 @@ class OpenVocabularyDetector:
         found = []
         for image, result in zip(images, results):
             objects = {name: [] for name in names}
-            for i in result["scores"].argsort(descending=True).tolist():
-                name = class_of(result["text_labels"][i], names)
+            classes = [class_of(label, names) for label in result["text_labels"]]
+            numbers = torch.tensor([names.index(c) if c else -1 for c in classes], dtype=torch.long)
+            boxes = result["boxes"].cpu()
+            # the surest first
+            for i in batched_nms(boxes, result["scores"].cpu(), numbers, OVERLAP).tolist():
+                name = classes[i]
                 if name is not None and len(objects[name]) < MOST:
-                    box = tuple(result["boxes"][i].tolist())
+                    box = tuple(boxes[i].tolist())
                     objects[name].append(Detection(box, result["scores"][i].item()))
             for name in coloured:
                 objects[name] = self.with_colours(image, name, objects[name])
@@ -161,7 +202,7 @@ def asks_colour(record):
 
 
 def class_of(phrase, names):
-    """The name that shares the largest part of its words with a phrase; None if none does.
+    """The name that shares the largest part of its words with a phrase; None if none or two do.
 
     Owlv2 labels a box with a name. GroundingDINO labels it with the words that fit: "hot" or "hot
     dog" is the class "hot dog" and not "dog"; "dog" is "dog".
@@ -172,6 +213,8 @@ def class_of(phrase, names):
     for name in names:
         known = set(words_of(name))
         share = len(words & known) / max(len(words | known), 1)
+        if share == most:
+            best = None
         if share > most:
             best = name
             most = share

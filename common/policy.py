@@ -97,7 +97,7 @@ class Policy(nn.Module):
         banned = [token for token in banned if token is not None]
         embed = model.get_input_embeddings()
         self.media = {"text": Medium(embed, model.lm_head, None, eos, banned)}
-        if "image" in getattr(model, "output_modalities", ()):
+        if hasattr(model, "prepare_embeddings_for_image_generation"):
             embed = model.prepare_embeddings_for_image_generation
             length = model.config.vision_config.num_image_tokens
             head = model.model.generation_head
@@ -251,7 +251,7 @@ class Policy(nn.Module):
         group = len(uniforms) // B
         length = uniforms.shape[1]
         uniforms = uniforms.view(B, group, length)
-        stop_ids = torch.tensor(self.media[medium].stop_ids, device=hidden.device)
+        stop_ids = torch.tensor(self.media[medium].stop_ids, device=hidden.device, dtype=torch.long)
         positions = response_positions(batch["position_ids"], length)
         # a copy that grows: the update needs the cache of the prompt again
         cache = DynamicCache([(layer.keys, layer.values) for layer in cache.layers])

@@ -227,6 +227,9 @@ class Run:
         """Drops what a killed run logged after the checkpoint."""
         lines = (json.dumps(record) + "\n" for record in metrics)
         write_atomically(self.out / "metrics.jsonl", lines)
+        for path in self.out.glob("samples/step-*.png"):
+            if int(path.stem.removeprefix("step-")) > self.start_step:
+                path.unlink()
         samples = self.out / "samples.txt"
         if not samples.exists():
             return

@@ -34,7 +34,7 @@ def count_truncated(medium, rollout):
     """How many completions end without a token that ends them; an image always has all codes."""
     if medium.length:
         return 0
-    eos_ids = torch.tensor(medium.stop_ids, device=rollout.ids.device)
+    eos_ids = torch.tensor(medium.stop_ids, device=rollout.ids.device, dtype=torch.long)
     has_ended = (torch.isin(rollout.ids, eos_ids) & rollout.mask.bool()).any(1)
     return (~has_ended).sum()
 

@@ -84,14 +84,15 @@ def set_gradient_sync(net, is_last):
         net.require_backward_grad_sync = is_last
 
 
-def zero_anchor(policy, tasks):
-    """0; of several tasks with a gradient of 0 for every trained parameter.
+def zero_anchor(net, tasks):
+    """0, with a gradient of 0 for every trained parameter where DDP waits for the gradients of all.
 
-    DDP waits for the gradients of all, and a pass of one medium gives the head of the other none.
+    A pass of one of several tasks gives the head of the other medium none.
     """
-    if len(tasks) == 1:
+    is_awaited = isinstance(net, DistributedDataParallel) and net.require_backward_grad_sync
+    if len(tasks) == 1 or not is_awaited:
         return 0.0
-    return sum((0 * p).sum() for p in policy.parameters() if p.requires_grad)
+    return sum((0 * p).sum() for p in net.parameters() if p.requires_grad)
 
 
 class StepSums(collections.Counter):

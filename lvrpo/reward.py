@@ -156,11 +156,11 @@ class DrawingReward:
             return cosine.clamp(0, 1).cpu()
         rival_texts, rival_features = rivals
         scale = self.clip.logit_scale()
-        is_itself = [[normalise(text) == rival for rival in rival_texts] for text in texts]
-        is_itself = torch.tensor(is_itself, device=cosine.device)  # (T, J)
-        others = (scale * features @ rival_features.T)[:, None]  # (N, 1, J)
-        others = others.masked_fill(is_itself, float("-inf"))
-        return pmi_over_images(scale * cosine, others).cpu()
+        # another part of the same prompt is no rival: it should be in the drawing too
+        own = {normalise(text) for text in texts}
+        is_own = torch.tensor([rival in own for rival in rival_texts], device=cosine.device)
+        others = (scale * features @ rival_features.T).masked_fill(is_own, float("-inf"))  # (N, J)
+        return pmi_over_images(scale * cosine, others[:, None]).cpu()
 
 
 class RawSum:
@@ -177,7 +177,7 @@ class RawSum:
         components = self.reward(*args)
         weights = self.reward.weights
         total = sum(weight * components[name] for name, weight in weights.items())
-        return components | {"sum": total / sum(weights.values())}
+        return components | {"sum": total}
 
 
 def pair_up(drawings, records):

@@ -110,7 +110,9 @@ def check_args(args):
         fail("drawing needs --prompts; --draw-share 0 only reads")
     if n_read and not args.data:
         fail("reading needs --data; --draw-share 1 only draws")
-    if args.loss == "dapo" and n_read and n_drawn:
+    if 0 < args.draw_share < 1 and not (n_read and n_drawn):
+        fail("--draw-share leaves one of the tasks no prompt: raise --prompts-per-step")
+    if args.objective == "grpo" and args.loss == "dapo" and n_read and n_drawn:
         fail("--loss dapo weighs tokens alike, so images would outweigh texts: use grpo or dr_grpo")
     # what is not done needs no judge
     if not n_read:
@@ -126,7 +128,7 @@ def main():
     args = parse_args()
     rank, world, device = setup_distributed()
     root = image_root(args.image_root, args.data or args.prompts)
-    paths = ("model", "data", "prompts", "clip", "knowledge")
+    paths = ("model", "data", "prompts", "clip", "knowledge", "detector")
     run = open_run(args, settings_of(args, paths), rank, world)
     if run is None:
         return
