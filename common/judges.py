@@ -29,8 +29,6 @@ BOX_THRESHOLD = 0.1
 TEXT_THRESHOLD = 0.3
 # of two boxes of a class that overlap by more, the less sure is dropped
 OVERLAP = 0.5
-# at most so many objects of a class
-MOST = 16
 
 
 class Detection(NamedTuple):
@@ -146,7 +144,7 @@ class OpenVocabularyDetector:
 
     @torch.no_grad()
     def __call__(self, images, records):
-        """[{class: [Detection, ...]}, ...], in pixels; at most MOST per class, surest first."""
+        """[{class: [Detection, ...]}, ...], in pixels, the surest first."""
         found = []
         for record, pairs in groupby(zip(images, records), itemgetter(1)):
             found += self.detect([image for image, _ in pairs], record)
@@ -177,7 +175,7 @@ class OpenVocabularyDetector:
             # the surest first
             for i in batched_nms(boxes, result["scores"].cpu(), numbers, OVERLAP).tolist():
                 name = classes[i]
-                if name is not None and len(objects[name]) < MOST:
+                if name is not None:
                     box = tuple(boxes[i].tolist())
                     objects[name].append(Detection(box, result["scores"][i].item()))
             for name in coloured:

@@ -15,11 +15,11 @@ which of them hold, for a graded reward: a class with its count is one clause, i
 its position a third.
 """
 
-from common.judges import MOST
-
 # detections below these confidences do not count; a prompt about numbers needs surer ones
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
+# at most so many objects of a class
+MOST = 16
 # share of the summed sizes of two objects by which their centres must differ
 MARGIN = 0.1
 

@@ -5,11 +5,11 @@ A drawing I of a prompt x with sentences t and keywords w earns, each from 0 to 
     r_sem   = mean_t sigmoid(S(I, t) - log mean_j exp S(I, t_j))                              (L1)
     r_ins   = share of GenEval's clauses that the detected objects of I satisfy               (L2)
     r_kn    = P(yes | I, 'Does this figure show "x"? Please answer yes or no.')               (L3)
-    r_dense = mean_w mean_c sigmoid(S(c, w) - log mean_j exp S(c, w_j))                       (L4)
+    r_dense = mean_w mean_k sigmoid(S(k, w) - log mean_j exp S(k, w_j))                       (L4)
 
-S is CLIP's logit, scale times cosine; t_j and w_j are sentences and keywords of other prompts; c
+S is CLIP's logit, scale times cosine; t_j and w_j are sentences and keywords of other prompts; k
 are the two best of ten overlapping crops. Contrastive training ends at S(I, t) =
-log[p(t | I) / p(t)] + c(I): the unknown c(I), and SigLIP's bias, cancel when texts are compared for
+log[p(t | I) / p(t)] + b(I): the unknown b(I), and SigLIP's bias, cancel when texts are compared for
 one image, which leaves a pointwise mutual information (PMI).
 
 For reading, sem is the visual component of reward.py, the sentence with the answer filled in judged
@@ -23,17 +23,15 @@ and r_ins are --draw-relative none and --verdict binary. A detector that is told
 prompt is a rule reward of the paper's kind; an evaluation by the same detector is in-domain.
 """
 
-import argparse
 import random
 
 import torch
 
 from common.answers import normalise
-from common.judges import OpenVocabularyDetector, asks_colour
 from common.records import fail
 from common.stage import weight_type
 from common.text import split_sentences, split_words, words_of
-from lvrpo.geneval import clauses, graded, verdict
+from lvrpo.geneval import graded, verdict
 from lvrpo.judges import add_judge_flags
 from reward import (
     Reward,
@@ -246,14 +244,14 @@ class ReadingReward(Reward):
 
 
 def add_lvrpo_reward_flags(parser):
-    """The flags of both rewards; after parsing, --draw-reward and --read-reward are dicts."""
+    """The flags of both rewards."""
     group = parser.add_argument_group("rewards")
     add = group.add_argument
     tables = {"--draw-reward": DRAWING_COMPONENTS, "--read-reward": READING_COMPONENTS}
     for flag, table in tables.items():
         form = {"nargs": "+", "metavar": "NAME=WEIGHT", "type": weight_type(table)}
         note = f"of {', '.join(table)}; one that is not named is off (sem=1 ins=1)"
-        add(flag, **form, action=Weights, default={"sem": 1.0, "ins": 1.0}, help=note)
+        add(flag, **form, default=[("sem", 1.0), ("ins", 1.0)], help=note)
     note = "ins: the share of GenEval's clauses that hold, or whether all do (%(default)s)"
     add("--verdict", default="graded", choices=("graded", "binary"), help=note)
     note = "sem and dense: relative to other prompts, or the cosine (%(default)s)"
@@ -263,56 +261,31 @@ def add_lvrpo_reward_flags(parser):
     add_judge_flags(group)
 
 
-class Weights(argparse.Action):
-    """Stores the parsed (name, weight) pairs as a dict."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, dict(values))
-
-
 def check_prompts(records, weights):
     """Ends the program at a prompt that the weighted components of a drawing cannot judge."""
     for record in records:
-        name = f"prompt {record.get('id')}"
+        name = f"prompt {record['id']}"
         if not split_words(record["prompt"]):
             fail(f"{name} has no words: delete it")
-        reads_objects = weights.get("ins") or weights.get("dense") and "include" in record
-        if reads_objects and not has_clauses(record):
+        if weights.get("ins") and not (record.get("include") or record.get("exclude")):
             fail(
-                f"{name} has no objects to look for: give it GenEval's include or exclude, "
-                "each with class and count, or leave ins and dense out of --draw-reward"
+                f"{name} has no objects to look for: give it GenEval's include or exclude, or "
+                "leave ins out of --draw-reward"
             )
-
-
-def has_clauses(record):
-    """Whether GenEval's rules can be tried, on a drawing without objects, and ask for something."""
-    try:
-        return bool(clauses({}, record))
-    except (LookupError, TypeError, ValueError, AttributeError):
-        return False
 
 
 def load_drawing_reward(args, records, clip, detector, knowledge):
     """The DrawingReward of the parsed flags and of load_judges(); checks all prompts."""
     check_prompts(records, args.draw_reward)
-    sentences = []
-    keywords = []
-    names_no_colour = isinstance(detector, OpenVocabularyDetector) and detector.clip is None
-    for record in records:
-        if names_no_colour and asks_colour(record):
-            fail(f"prompt {record.get('id')} asks for a colour: --detector needs a CLIP to name it")
-        sentences += sentences_of(record)
-        if args.draw_reward.get("dense"):
-            keywords += keywords_of(record)
     return DrawingReward(
         args.draw_reward,
         clip,
         detector,
         knowledge,
-        draw_rivals(sentences),
+        draw_rivals([text for record in records for text in sentences_of(record)]),
         args.draw_relative,
         args.verdict,
-        draw_rivals(keywords),
+        draw_rivals([text for record in records for text in keywords_of(record)]),
     )
 
 

@@ -26,7 +26,7 @@ class Reading(FillMask):
 class Drawing:
     """Draw what a prompt says.
 
-    records: of drawings.load_prompts(); imitation needs an image with each. places: of the prompts
+    records: of load_prompts(); imitation needs an image with each. places: of the prompts
     of a step, those of this task. scorer: a DrawingReward, or None for imitation.
     """
 

@@ -100,12 +100,15 @@ def parse_args():
 
 
 def check_args(args):
-    """Ends the program for flags of the two tasks that cannot work."""
+    """Ends the program for flags of the two tasks that cannot work; makes dicts of the weights."""
     if not 0 <= args.draw_share <= 1:
         fail("--draw-share must lie between 0 (reading only) and 1 (drawing only)")
+    n_read, n_drawn = prompts_of_step(args)
+    # what is not done needs no judge
+    args.read_reward = dict(args.read_reward) if n_read else {}
+    args.draw_reward = dict(args.draw_reward) if n_drawn else {}
     if not 1 <= args.guidance < float("inf"):
         fail("--guidance must be at least 1, which is none")
-    n_read, n_drawn = prompts_of_step(args)
     if n_drawn and not args.prompts:
         fail("drawing needs --prompts; --draw-share 0 only reads")
     if n_read and not args.data:
@@ -114,11 +117,6 @@ def check_args(args):
         fail("--draw-share leaves one of the tasks no prompt: raise --prompts-per-step")
     if args.objective == "grpo" and args.loss == "dapo" and n_read and n_drawn:
         fail("--loss dapo weighs tokens alike, so images would outweigh texts: use grpo or dr_grpo")
-    # what is not done needs no judge
-    if not n_read:
-        args.read_reward = {}
-    if not n_drawn:
-        args.draw_reward = {}
     for flag, n in (("read_reward", n_read), ("draw_reward", n_drawn)):
         if args.objective == "grpo" and n and not any(getattr(args, flag).values()):
             fail(f"--{flag.replace('_', '-')}: all weights are 0, so nothing is rewarded")
@@ -152,6 +150,8 @@ def main():
     counts = ", ".join(f"{len(task.prompts.records)} for {task.name}" for task in tasks)
     run.begin(f"{args.objective} on {world} x {device.type}: records: {counts}")
     train(policy, reference, tasks, args, run)
+    for clip in {getattr(task.scorer, "clip", None) for task in tasks} - {None}:
+        clip.report_truncated()
     run.report_done(device, sum(len(task.prompts.bad) for task in tasks))
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import random_image
+from torchvision.ops import box_iou
 from transformers import (
     BertConfig,
     BertTokenizer,
@@ -169,17 +170,7 @@ def test_each_drawing_is_judged_by_the_record_of_its_group():
     assert ins.tolist() == [[1, 0], [0.75, 0]]
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        {},
-        {"include": []},
-        {"include": [{"class": "dog"}]},
-        {"include": [{"count": 1}]},
-        {"include": [RED_CIRCLE | {"position": ["above", 7]}]},
-        {"include": "a dog"},
-    ],
-)
+@pytest.mark.parametrize("more", [{}, {"include": []}])
 def test_a_prompt_without_objects_is_named_before_training(more):
     record = PROMPT | more
     with pytest.raises(SystemExit, match="^error: prompt p1 has no objects") as error:
@@ -349,8 +340,9 @@ def test_every_component_is_between_0_and_1_and_has_no_graph(clip_folder):
 
     args = flags("--draw-reward", "sem=1", "ins=1", "kn=1", "dense=1")
     other = {"id": "p2", "prompt": "A large green star!", "include": [RED_CIRCLE]}
+    third = {"id": "p3", "prompt": "One more.", "include": [{"class": "hat", "count": 1}]}
     clip = ClipScorer(str(clip_folder))
-    reward = load_drawing_reward(args, [OBJECTS, other], clip, detect, Oracle(*[0.5] * 6))
+    reward = load_drawing_reward(args, [OBJECTS, other, third], clip, detect, Oracle(*[0.5] * 6))
     drawings = [[random_image(3 * b + g) for g in range(3)] for b in range(2)]
     components = reward([OBJECTS, other], drawings)
     assert set(components) == set(DRAWING_COMPONENTS)
@@ -476,7 +468,9 @@ def corners(boxes, width, height):
 
 
 @torch.no_grad()
-def test_a_detector_gives_boxes_in_pixels_as_a_plain_pass_has_them(detector):
+def test_a_detector_gives_boxes_in_pixels_as_a_plain_pass_has_them(detector, monkeypatch):
+    # the boxes of a random model overlap
+    monkeypatch.setattr(judges, "OVERLAP", 1.0)
     image = random_image(1)
     inputs = detector.processor(images=[image], text=[["circle"]], return_tensors="pt")
     outputs = detector.model(**inputs)
@@ -490,7 +484,7 @@ def test_a_detector_gives_boxes_in_pixels_as_a_plain_pass_has_them(detector):
         score = p.amax(-1)
         boxes = corners(outputs.pred_boxes[0], 64, 48)
         # [CLS] circle . [SEP]
-        is_circle = p[:, 1] > 0.1
+        is_circle = p[:, 1] > 0.3
     order = score[is_circle].argsort(descending=True)
     assert len(order) > 1
 
@@ -563,11 +557,47 @@ def test_a_crop_stays_within_the_image_and_has_a_pixel():
     assert crop_of(image, (-9, -9, -5, -5)).size == (1, 1)
 
 
-def test_a_detector_may_be_a_function_that_is_named():
-    assert load_detector("lvrpo.geneval:verdict", None, CPU).__name__ == "verdict"
+def test_of_boxes_that_overlap_the_surest_stays(detector):
+    record = PROMPT | {"include": [{"class": "circle", "count": 1}]}
+    (found,) = detector([random_image(1)], [record])
+    boxes = torch.tensor([d.box for d in found["circle"]])
+    overlap = box_iou(boxes, boxes) - torch.eye(len(boxes))
+    assert len(boxes) and overlap.max() <= judges.OVERLAP
+    scores = [d.score for d in found["circle"]]
+    assert scores == sorted(scores, reverse=True)
 
 
-@pytest.mark.parametrize("name", ["no_such:detect", "lvrpo.geneval:detect", ":x", "no/such", "."])
+FUNCTIONS = """
+def right(images, records):
+    return [{"circle": []} for _ in images]
+
+def short(images, records):
+    return [{}]
+
+def raises(images, records):
+    raise KeyError("red")
+
+number = 7
+"""
+
+
+def test_a_detector_may_be_a_function_that_is_named(tmp_path, monkeypatch):
+    (tmp_path / "some_detectors.py").write_text(FUNCTIONS)
+    monkeypatch.syspath_prepend(tmp_path)
+    images = [random_image(seed) for seed in range(2)]
+    detect = load_detector("some_detectors:right", None, CPU)
+    assert detect(images, [PROMPT] * 2) == [{"circle": []}] * 2
+    for name, message in (("short", "a dict for each image"), ("raises", "failed: KeyError")):
+        with pytest.raises(SystemExit, match=message):
+            load_detector(f"some_detectors:{name}", None, CPU)(images, [PROMPT] * 2)
+    with pytest.raises(SystemExit, match="is no function"):
+        load_detector("some_detectors:number", None, CPU)
+
+
+NOT_LOADED = ["no_such:detect", "./no_such:detect", "lvrpo.geneval:detect", ":x", "no/such", "."]
+
+
+@pytest.mark.parametrize("name", NOT_LOADED)
 def test_a_detector_that_cannot_be_loaded_ends_in_one_line(name):
     with pytest.raises(SystemExit, match="^error: --detector ") as error:
         load_detector(name, None, CPU)
@@ -581,7 +611,10 @@ def flags(*arguments):
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="policy")
     add_lvrpo_reward_flags(parser)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.draw_reward = dict(args.draw_reward)
+    args.read_reward = dict(args.read_reward)
+    return args
 
 
 def test_the_flags_and_their_defaults():
@@ -669,16 +702,6 @@ def test_judges_that_are_missing_end_in_one_line(loaded, arguments, message):
     assert "Knowledge" not in loaded
 
 
-def test_a_colour_that_nobody_can_name_is_refused_before_training(detector):
-    args = flags("--draw-reward", "ins=1")
-    with pytest.raises(SystemExit, match="prompt p1 asks for a colour"):
-        load_drawing_reward(args, [OBJECTS], None, detector, None)
-    plain = PROMPT | {"include": [{"class": "circle", "count": 1}]}
-    assert load_drawing_reward(args, [plain], None, detector, None).weights == {"ins": 1}
-    # a function knows colours without a CLIP
-    assert load_drawing_reward(args, [OBJECTS], None, detect_by_number, None).weights == {"ins": 1}
-
-
 def test_a_raw_sum_is_decided_by_the_component_with_the_larger_spread():
     """One component prefers the first completion by 0.1, another the second by 1, with like weight.
 
@@ -698,8 +721,35 @@ def test_a_raw_sum_is_decided_by_the_component_with_the_larger_spread():
     components = raw()
     summed = advantages(components, raw.weights, eps=1e-4)
     assert raw.weights == {"sum": 1.0}
-    torch.testing.assert_close(components["sum"], torch.tensor([[0.3, 0.75]]))
+    torch.testing.assert_close(components["sum"], torch.tensor([[0.6, 1.5]]))
     # what was added is still there to be logged
     assert components["a"] is small and components["b"] is large
     assert one_by_one.abs().max() < 2e-3
     assert summed[0, 1] > 0.7
+
+
+def test_other_parts_of_the_same_prompt_are_no_rivals(monkeypatch):
+    """A drawing that shows the cat as well fits "A dog runs. A cat sits." better, and not worse."""
+    texts = ["A dog runs.", "A cat sits.", *[f"Rival {i}." for i in range(6)]]
+    scores = torch.zeros(2, len(texts))
+    scores[:, 0] = 2.0
+    scores[1, 1] = 5.0
+
+    class Clip:
+        """Features that make `scores` the logits of two drawings."""
+
+        def logit_scale(self):
+            return torch.tensor(1.0)
+
+        def image_features(self, images):
+            return scores[torch.tensor(images)]
+
+        def text_features(self, asked):
+            return torch.eye(len(texts))[[texts.index(text) for text in asked]]
+
+    reward = DrawingReward({"sem": 1}, clip=Clip(), rivals=texts)
+    record = {"id": "a", "prompt": "A dog runs. A cat sits."}
+    without, both = reward([record], [[0, 1]])["sem"][0].tolist()
+    # sigmoid(2) and sigmoid(0); sigmoid(2) and sigmoid(5)
+    assert without == pytest.approx((0.8808 + 0.5) / 2, abs=1e-3)
+    assert both == pytest.approx((0.8808 + 0.9933) / 2, abs=1e-3)
