@@ -130,7 +130,7 @@ def train(policy, reference, tasks, args, run):
     tasks: FillMask below shows their methods. reference: a frozen Policy for the KL, or None.
     """
     is_sft = args.objective == "sft"
-    kind = weighting(args, tasks)
+    loss_kind = weighting(args, tasks)
     net = wrap_for_ranks(policy, run.world)
     # a rank without prompts runs a copy of the first, only so that DDP's collectives match
     is_idle = run.rank >= args.prompts_per_step
@@ -168,7 +168,7 @@ def train(policy, reference, tasks, args, run):
                     objective, kl, clipped = imitation_objective(logps, rollout.mask)
                 else:
                     objective, kl, clipped = grpo_objective(logps, rollout, args)
-                u = token_weights(rollout.mask, kind, task.max_length)
+                u = token_weights(rollout.mask, loss_kind, task.max_length)
                 loss = -(objective * u).sum() + zero_anchor(net, tasks)
                 (loss * (not is_idle)).backward()
                 if not is_idle:
@@ -176,7 +176,7 @@ def train(policy, reference, tasks, args, run):
 
             # 4. One update for the whole step. DDP has averaged over ranks, hence the world.
             sums = sums.over_ranks()
-            N = loss_normaliser(kind, sums["completions"], sums["tokens"])
+            N = loss_normaliser(loss_kind, sums["completions"], sums["tokens"])
             grad_norm, is_finite = update(optimizer, sums["loss"], run.world / N, args)
             n_skipped += not is_finite
 

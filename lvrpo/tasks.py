@@ -2,8 +2,8 @@
 
 Both have the methods of FillMask in grpo_train.py, which is all that the loop asks of a task.
 Reading *is* FillMask, with other rewards. Drawing differs in what a completion is: the codes of an
-image, which a VQ-VAE turns into pixels. Its log-probs are exact, so equations (2) to (5) hold for
-it as they stand.
+image, which a VQ-VAE turns into pixels. Its log-probs are exact, so equations (2) to (5) apply to it
+unchanged.
 """
 
 import copy

@@ -1,9 +1,9 @@
 """LVRPO: the loop of grpo_train.py on two tasks, reading and drawing, in one unified model.
 
 Each step holds prompts of both kinds. The policy samples G completions for each, texts or images,
-the rewards of lvrpo/reward.py compare them with each other, and equations (2) to (5) apply as they
-stand. A completion is a completion: a drawing is a sequence of codes, sampled from a head of its
-own, whose log-probs are as exact as those of text.
+the rewards of lvrpo/reward.py compare them with each other, and equations (2) to (5) apply
+unchanged: a drawing is a sequence of codes, sampled from a head of its own, whose log-probs are as
+exact as those of text.
 
     python -m lvrpo.train --model deepseek-community/Janus-Pro-1B --data masks.jsonl \\
         --prompts prompts.jsonl --out run
