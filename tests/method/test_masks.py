@@ -15,8 +15,10 @@ from build_masks import (
     otsu,
     threshold_rule,
 )
+from common.masks import load_masks, read_masks
 from common.records import BadRecord
 from common.text import MASK, split_sentences, split_words
+from reward import fill, target_completion
 
 # the largest gap ends at 12; Otsu's cut, 3 x 3 (25/3 - 1)^2 = 484, is at 6; the mean is 14/3
 SCORES = [7, 0, 12, 1, 6, 2]
@@ -330,3 +332,21 @@ def test_a_broken_record_among_the_scores_costs_only_itself(stage, tmp_path, bro
     error, printed, masks = run_on(stage, tmp_path, records, "--threshold", "0.11")
     assert error is None and f"skipped {tmp_path}/scores:2: " in printed
     assert {m["id"] for m in masks} == {"1", "2"}
+
+
+def test_a_question_is_a_caption_whose_mask_follows_it(tmp_path):
+    question = {"id": "q", "image": "a.png", "question": "What is round?", "answer": "the red ball"}
+    broken = [
+        {key: value for key, value in question.items() if key != "answer"},
+        question | {"question": f"What is {MASK}?"},
+        question | {"answer": "</answer>"},
+    ]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in [question, *broken]))
+    (_, good), *others = read_masks(path)
+    assert good["sentence"] == good["masked_caption"] == f"What is round? {MASK}"
+    assert fill(good, "a ball") == "What is round? a ball"
+    assert target_completion(good) == ("<think>What is round?</think><answer>the red ball</answer>")
+    assert all(isinstance(record, BadRecord) for _, record in others)
+    assert "lacks answer" in str(others[0][1])
+    assert load_masks(path) == [good]
