@@ -208,6 +208,7 @@ class FillMask:
 
     name = "fill"
     medium = "text"
+    flag = "--data"
 
     def __init__(self, args, root, policy, records, places, scorer):
         self.args = args
@@ -216,7 +217,7 @@ class FillMask:
         self.max_length = args.max_new_tokens
         # a tokenizer cannot serve two threads ("Already borrowed")
         self.processor = copy.deepcopy(policy.processor)
-        self.prompts = Prompts(records, self.encode, places, args.seed)
+        self.prompts = Prompts(records, self.encode, places, args.seed, self.flag)
         self.scorer = scorer
         self.weights = scorer.weights if scorer else {}
 

@@ -3,6 +3,7 @@
 from tqdm import tqdm
 
 from common.records import BadRecord, fail, read_jsonl
+from common.text import split_sentences, split_words, words_of
 
 RELATIONS = ("left of", "right of", "above", "below")
 
@@ -62,3 +63,31 @@ def load_prompts(path):
     if not records:
         fail(f"{path}: no prompt that can be used; each line should be an object with a prompt")
     return records
+
+
+def check_prompts(records, weights):
+    """Ends the program at a prompt that the weighted components of a drawing cannot judge."""
+    for record in records:
+        name = f"prompt {record['id']}"
+        if not split_words(record["prompt"]):
+            fail(f"{name} has no words: delete it")
+        if weights.get("ins") and not (record.get("include") or record.get("exclude")):
+            fail(
+                f"{name} has no objects to look for: give it GenEval's include or exclude, or "
+                "leave ins out of --draw-reward"
+            )
+
+
+def sentences_of(record):
+    """The sentences of the prompt, each short enough for CLIP's context."""
+    prompt = record["prompt"]
+    return [prompt[start:end] for start, end in split_sentences(prompt)]
+
+
+def keywords_of(record):
+    """What to look for: "red circle" of an included class, or the prompt's words of 4 letters."""
+    included = record.get("include", ())
+    keywords = [f"{wanted.get('color', '')} {wanted['class']}".strip() for wanted in included]
+    if not keywords:
+        keywords = [word for word in words_of(record["prompt"]) if len(word) >= 4]
+    return list(dict.fromkeys(keywords)) or [record["prompt"]]

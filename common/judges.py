@@ -226,3 +226,13 @@ def crop_of(image, box):
     right = max(min(int(box[2]) + 1, image.width), left + 1)
     bottom = max(min(int(box[3]) + 1, image.height), top + 1)
     return image.crop((left, top, right, bottom))
+
+
+def crops_of(image):
+    """The whole image, and a 3 x 3 grid of crops of half its width and height."""
+    width, height = image.size
+    crops = [image]
+    for y in (0, height // 4, height // 2):
+        for x in (0, width // 4, width // 2):
+            crops.append(image.crop((x, y, x + max(width // 2, 1), y + max(height // 2, 1))))
+    return crops

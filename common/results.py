@@ -213,12 +213,12 @@ def print_scores(results):
     for name, entry in results.get("real", {}).items():
         if not is_overall(name):
             continue
-        line = f"{name:28s}{_interval(entry, ''):22s}"
+        line = f"{name:28s}{interval(entry):22s}"
         for condition in others:
             value = results[condition].get(name, {}).get("value")
             line += f"{value:<10.1f}" if value is not None else " " * 10
         if name in compared:
-            line += f"{_interval(compared[name], '+')} {compared[name]['verdict']}"
+            line += f"{interval(compared[name], '+')} {compared[name]['verdict']}"
         print(line.rstrip())
     unparsed = max((entry["unparsed"] for entry in results.get("real", {}).values()), default=0)
     print(
@@ -227,5 +227,6 @@ def print_scores(results):
     )
 
 
-def _interval(entry, sign):
+def interval(entry, sign=""):
+    """A value with its bootstrap interval, as text."""
     return f"{entry['value']:{sign}.1f} [{entry['low']:.1f}, {entry['high']:.1f}]"

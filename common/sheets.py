@@ -1,5 +1,6 @@
 """A sheet of small images to look at, each with its caption."""
 
+import os
 import textwrap
 
 from PIL import Image, ImageDraw, ImageFont
@@ -29,3 +30,10 @@ def sheet(images, captions, columns):
         for number, line in enumerate(lines):
             draw.text((x, y + height + LINE_HEIGHT * number), line, "black", font)
     return page
+
+
+def save_image(image, path):
+    """Writes a PNG, and the folders above it: it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(f"{path}.tmp", format="PNG")
+    os.replace(f"{path}.tmp", path)

@@ -1,7 +1,7 @@
 """What a model draws for held-out prompts, and how much of what they ask for is in the drawings.
 
 For every prompt, --samples images are drawn into the folders that GenEval's own tools read, so that
-these can judge any model. With --detector, GenEval's rules (lvrpo/geneval.py) judge them here:
+these can judge any model. With --detector, GenEval's rules (common/geneval.py) judge them here:
 
     right      all that the prompt asks for is there; also per tag
     overall    the mean over tags of `right`, which is GenEval's number
@@ -9,17 +9,15 @@ these can judge any model. With --detector, GenEval's rules (lvrpo/geneval.py) j
     sem, kn    rewards of lvrpo/reward.py: with --clip, against other prompts; with --knowledge
     diversity  the share of distinct images among the samples of a prompt
 
-Percentages with a 95% bootstrap interval over prompts; gains over --compare are paired. GenEval's
-own detector is Mask2Former with a CLIP colour step. Ours are other detectors under the same rules,
-so numbers of the two cannot be compared; and a verdict by the detector that gave the training
-reward is in-domain.
+Percentages with a 95% bootstrap interval over prompts; gains over --compare are paired. Verdicts of
+another detector than GenEval's own cannot be compared with published ones (docs/lvrpo.md).
 
     python -m lvrpo.evaluate --model CKPT --prompts evaluation_metadata.jsonl --out DIR
     torchrun --nproc_per_node 8 -m lvrpo.evaluate --model ... --prompts ... --out ...
 
 in:   JSONL of GenEval {tag, include, exclude?, prompt}, or any with {prompt, id?}
-out:  OUT/00000/metadata.jsonl, the line of the prompt as it was, and OUT/00000/samples/0000.png
-      ...; or OUT/<id>.png with --layout wise. An image depends on seed, line and sample alone
+out:  OUT/00000/metadata.jsonl, the line of the prompt, and OUT/00000/samples/0000.png ..., or
+      OUT/<id>.png with --layout wise. An image depends on seed, line and sample alone
       OUT/drawings.jsonl: {id, number (line, from 0), tag, prompt, sample, image (path in OUT),
       distinct (not an earlier sample again), right, graded, clauses [[text, holds], ...], sem, kn}
       OUT/results.json: {model, prompts, guidance, temperature, seed, records, written, skipped,
@@ -30,7 +28,6 @@ out:  OUT/00000/metadata.jsonl, the line of the prompt as it was, and OUT/00000/
 import collections
 import copy
 import json
-import os
 import re
 from itertools import islice
 from pathlib import Path
@@ -38,12 +35,16 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from common.drawing_prompts import read_prompts
-from common.judges import Knowledge, asks_colour, load_detector
+from common.drawing_prompts import read_prompts, sentences_of
+from common.drawings import drawings_of_codes, encode_drawing, require_drawing
+from common.geneval import clauses, graded
+from common.judges import asks_colour
 from common.policy import Policy, repeat_prompts
 from common.ranks import setup_distributed
-from common.records import BadRecord, fail, fingerprint, load_records, write_atomically, write_json
-from common.sheets import sheet
+from common.records import BadRecord, fail, load_records, write_atomically, write_json
+from common.results import interval
+from common.run import settings_of
+from common.sheets import save_image, sheet
 from common.stage import (
     make_parser,
     map_records,
@@ -56,10 +57,7 @@ from common.stage import (
 from common.stats import paired_difference, share, with_intervals
 from common.training import uniforms_of
 from common.vlm import join_prompts, load_vlm
-from lvrpo.drawings import drawings_of_codes, encode_drawing, require_drawing
-from lvrpo.geneval import clauses
-from lvrpo.reward import DrawingReward, draw_rivals, sentences_of
-from reward import ClipScorer
+from lvrpo.reward import DrawingReward, draw_rivals, load_judges
 
 
 def score_drawings(drawings):
@@ -92,7 +90,7 @@ class Evaluator:
         require_drawing(self.policy, args.model)
         # prepare() runs in a thread, and tokenizers cannot be shared between threads
         self.thread_processor = copy.deepcopy(self.processor)
-        self.detect, self.reward = load_judges(args, prompts, device)
+        self.detect, self.reward = judges_of(args, prompts, device)
 
     def prepare(self, record):
         if self.args.clip and not sentences_of(record):
@@ -114,8 +112,7 @@ class Evaluator:
         prompt_end, cache = self.policy.prefill(batch)
         codes, _ = self.policy.sample(batch, prompt_end, cache, uniforms, "image")
         images = drawings_of_codes(self.policy.model, self.processor, codes)  # (B*G)
-        groups = [images[b * G : b * G + G] for b in range(len(records))]
-        return [self.finish(record, group) for record, group in zip(records, groups)]
+        return [self.finish(r, images[b * G : b * G + G]) for b, r in enumerate(records)]
 
     def finish(self, record, images):
         """Writes and judges the samples of one prompt: alone, so that no batch changes a score."""
@@ -137,16 +134,15 @@ class Evaluator:
         if self.detect and (record.get("include") or record.get("exclude")):
             for drawing, objects in zip(drawings, self.detect(images, [record] * len(images))):
                 drawing["clauses"] = clauses(objects, record)
-                held = [holds for _, holds in drawing["clauses"]]
-                drawing["right"] = int(all(held))
-                drawing["graded"] = round(sum(held) / len(held), 6)
+                drawing["graded"] = round(graded(objects, record), 6)
+                drawing["right"] = int(drawing["graded"] == 1)
         for name, values in self.reward([record], [images]).items():
             for drawing, value in zip(drawings, values[0].tolist()):
                 drawing[name] = round(value, 6)
         return drawings
 
 
-def load_judges(args, prompts, device):
+def judges_of(args, prompts, device):
     """(detector or None, DrawingReward of sem and kn); sem compares with other prompts of all."""
     if args.detector and not any(p.get("include") or p.get("exclude") for p in prompts):
         fail(f"--detector: no prompt of {args.prompts} has include or exclude to judge by")
@@ -154,19 +150,12 @@ def load_judges(args, prompts, device):
     if is_model and not args.clip and any(map(asks_colour, prompts)):
         fail("--detector: some prompts ask for colours, which need --clip to be named")
 
-    weights = {"sem": float(bool(args.clip)), "kn": float(bool(args.knowledge))}
-    clip = ClipScorer(args.clip, args.clip_weights, device=device) if args.clip else None
-    detect = load_detector(args.detector, clip, device) if args.detector else None
-    knowledge = Knowledge(args.knowledge, device) if args.knowledge else None
-    rivals = draw_rivals([text for prompt in prompts for text in sentences_of(prompt)])
-    return detect, DrawingReward(weights, clip=clip, knowledge=knowledge, rivals=rivals)
-
-
-def save_image(image, path):
-    """Writes a PNG, and the folders above it: it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(f"{path}.tmp", format="PNG")
-    os.replace(f"{path}.tmp", path)
+    flags = {"sem": args.clip, "ins": args.detector, "kn": args.knowledge}
+    names = {name for name, judge in flags.items() if judge}
+    clip, detector, knowledge = load_judges(args, names, device)
+    weights = dict.fromkeys(names - {"ins"}, 1.0)
+    rivals = draw_rivals(text for prompt in prompts for text in sentences_of(prompt))
+    return detector, DrawingReward(weights, clip, None, knowledge, rivals)
 
 
 def read_numbered(args):
@@ -212,12 +201,10 @@ def summarise(args, counts, others):
         results |= {"compared_with": args.compare, "compared": {"drawing": gains}}
     for name, entry in results["drawing"].items():
         del entry["unparsed"]
-        line = f"{name:28s}{entry['value']:.1f} [{entry['low']:.1f}, {entry['high']:.1f}]"
+        line = f"{name:28s}{interval(entry):22s}"
         if name in gains:
-            gain = gains[name]
-            line += f"   {gain['value']:+.1f} [{gain['low']:.1f}, {gain['high']:.1f}] "
-            line += f"{gain['verdict']} over {Path(args.compare).name}"
-        print(line)
+            line += f"{interval(gains[name], '+')} {gains[name]['verdict']}"
+        print(line.rstrip())
     print(f"{args.out}: {counts['written']} drawings, {counts['skipped']} prompts skipped")
     write_json(Path(args.out, "results.json"), results)
 
@@ -254,20 +241,15 @@ def main():
     rank, _, device = setup_distributed()
     if args.samples > 1 and (args.temperature == 0 or args.layout == "wise"):
         fail("--temperature 0 and --layout wise have one image per prompt: use --samples 1")
-    settings = {"stage": "lvrpo.evaluate", **vars(args)}
-    for name in ("out", "compare", "batch_size"):
-        del settings[name]
-    for name in ("model", "prompts", "detector", "clip", "knowledge"):
-        if settings[name]:
-            settings[name] = fingerprint(settings[name])
+    settings = settings_of(args, ("model", "prompts", "detector", "clip", "knowledge"))
+    settings |= {"stage": "lvrpo.evaluate", "compare": None, "batch_size": None}
 
     others = []
     if args.compare:
         others, other_settings = read_drawings(args.compare)
-        names = [n for n in settings if other_settings.get(n) != settings[n]]
-        names = [n for n in names if n not in ("model", "layout")]
-        if names:
-            differ = " and ".join(names)
+        names = [n for n in settings if n not in ("model", "layout")]
+        differ = " and ".join(n for n in names if other_settings.get(n) != settings[n])
+        if differ:
             fail(f"--compare {args.compare}: made with another {differ}; both must have the same")
 
     records = read_numbered(args)

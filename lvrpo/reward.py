@@ -12,28 +12,28 @@ are the two best of ten overlapping crops. Contrastive training ends at S(I, t) 
 log[p(t | I) / p(t)] + b(I): the unknown b(I), and SigLIP's bias, cancel when texts are compared for
 one image, which leaves a pointwise mutual information (PMI).
 
-For reading, sem is the visual component of reward.py, the sentence with the answer filled in judged
-by CLIP (a fixed text would earn all answers the same); ins the semantic component, the answer
-extracted by rule against the caption's; kn is (L3) of the filled sentence; there is no dense.
+For reading, sem is the visual component of reward.py (a fixed text would earn all answers the same),
+ins its semantic component, and kn is (L3) of the sentence with the answer filled in.
 
-The paper's (arXiv 2603.27693): r_sem is the cosine of SigLIP 2, r_ins in {0, 1} comes from rules,
-r_kn is the agreement with a VQA model, r_dense the mean over keywords of the best patch. Ours: PMI,
-graded r_ins, VQAScore's formula (arXiv 2404.01291), and crops, the top k of them. The paper's r_sem
-and r_ins are --draw-relative none and --verdict binary. A detector that is told the words of the
-prompt is a rule reward of the paper's kind; an evaluation by the same detector is in-domain.
+The paper's (arXiv 2603.27693): r_sem is the cosine of SigLIP 2 and r_ins is 0 or 1 (--draw-relative
+none, --verdict binary), r_kn the agreement with a VQA model, r_dense the mean over keywords of the
+best patch. Ours: PMI, graded r_ins, VQAScore's formula (arXiv 2404.01291), and the top k of crops.
 """
 
 import random
+from pathlib import Path
 
 import torch
 
 from common.answers import normalise
+from common.clip import add_clip_flags
+from common.drawing_prompts import check_prompts, keywords_of, sentences_of
+from common.geneval import graded, verdict
+from common.judges import Knowledge, crops_of, load_detector
 from common.records import fail
 from common.stage import weight_type
-from common.text import split_sentences, split_words, words_of
-from lvrpo.geneval import graded, verdict
-from lvrpo.judges import add_judge_flags
 from reward import (
+    ClipScorer,
     Reward,
     fill,
     for_each_answer,
@@ -105,7 +105,7 @@ class DrawingReward:
 
     clip: a ClipScorer. detector: detect(images, records) -> [{class: [Detection, ...]}, ...], a
     dict per image, with the classes that its record asks for. knowledge: a Knowledge. rivals and
-    rival_keywords: texts of other prompts, for relative="prompts"; with "none" it is the cosine.
+    rival_keywords: texts of other prompts, that a PMI compares with; None for the cosine.
     """
 
     def __init__(
@@ -114,35 +114,32 @@ class DrawingReward:
         clip=None,
         detector=None,
         knowledge=None,
-        rivals=(),
-        relative="prompts",
+        rivals=None,
+        rival_keywords=None,
         verdict="graded",
-        rival_keywords=(),
     ):
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self.clip = clip
         self.detector = detector
         self.knowledge = knowledge
-        self.relative = relative
         self.verdict = verdict
-        is_relative = relative == "prompts"
-        self.rivals = None
-        self.rival_keywords = None
-        if is_relative and "sem" in self.weights:
-            self.rivals = self.encode_rivals(rivals)
-        if is_relative and "dense" in self.weights:
-            self.rival_keywords = self.encode_rivals(rival_keywords)
+        self.rivals = self.encode_rivals(rivals, "sem")
+        self.rival_keywords = self.encode_rivals(rival_keywords, "dense")
 
     @torch.no_grad()
     def __call__(self, records, drawings):
         """{component: (B, G) in [0, 1]} of drawings[b][g], PIL images, for records[b]."""
         return {name: DRAWING_COMPONENTS[name](self, records, drawings) for name in self.weights}
 
-    def encode_rivals(self, texts):
+    def encode_rivals(self, texts, component):
         """(normalised texts, features (J, D)); two, as one may be the text to be judged."""
+        if texts is None or component not in self.weights:
+            return None
         distinct = {normalise(text): text for text in texts}
         if len(distinct) < 2:
-            fail("a PMI needs prompts of at least two texts: add some, or --draw-relative none")
+            fail(
+                "a PMI needs prompts of two texts or more: add some; to train, --draw-relative none"
+            )
         return list(distinct), self.clip.text_features(list(distinct.values()))
 
     def agreement(self, images, texts, rivals):
@@ -150,7 +147,7 @@ class DrawingReward:
         batches = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
         features = torch.cat([self.clip.image_features(batch) for batch in batches])  # (N, D)
         cosine = features @ self.clip.text_features(texts).T
-        if self.relative == "none":
+        if rivals is None:
             return cosine.clamp(0, 1).cpu()
         rival_texts, rival_features = rivals
         scale = self.clip.logit_scale()
@@ -182,31 +179,6 @@ def pair_up(drawings, records):
     """([image, ...], [its record, ...]) of B groups of drawings."""
     images = [drawing for group in drawings for drawing in group]
     return images, [record for record, group in zip(records, drawings) for _ in group]
-
-
-def crops_of(image):
-    """The whole image, and a 3 x 3 grid of crops of half its width and height."""
-    width, height = image.size
-    crops = [image]
-    for y in (0, height // 4, height // 2):
-        for x in (0, width // 4, width // 2):
-            crops.append(image.crop((x, y, x + max(width // 2, 1), y + max(height // 2, 1))))
-    return crops
-
-
-def sentences_of(record):
-    """The sentences of the prompt, each short enough for CLIP's context."""
-    prompt = record["prompt"]
-    return [prompt[start:end] for start, end in split_sentences(prompt)]
-
-
-def keywords_of(record):
-    """What to look for: "red circle" of an included class, or the prompt's words of 4 letters."""
-    included = record.get("include", ())
-    keywords = [f"{wanted.get('color', '')} {wanted['class']}".strip() for wanted in included]
-    if not keywords:
-        keywords = [word for word in words_of(record["prompt"]) if len(word) >= 4]
-    return list(dict.fromkeys(keywords)) or [record["prompt"]]
 
 
 # ---------------------------------------------------------------- reading
@@ -258,46 +230,51 @@ def add_lvrpo_reward_flags(parser):
     add("--draw-relative", default="prompts", choices=("prompts", "none"), help=note)
     note = "add the components as they are, and normalise their sum (as the paper does)"
     add("--raw-sum", action="store_true", help=note)
-    add_judge_flags(group)
+    note = "ins: Owlv2 or GroundingDINO, a hub id or folder; or a function, module:function"
+    add("--detector", help=note)
+    add("--knowledge", help="kn: a VLM other than --model, a hub id or folder")
+    add_clip_flags(group, "ViT-B-16-SigLIP2", "webli")
 
 
-def check_prompts(records, weights):
-    """Ends the program at a prompt that the weighted components of a drawing cannot judge."""
-    for record in records:
-        name = f"prompt {record['id']}"
-        if not split_words(record["prompt"]):
-            fail(f"{name} has no words: delete it")
-        if weights.get("ins") and not (record.get("include") or record.get("exclude")):
-            fail(
-                f"{name} has no objects to look for: give it GenEval's include or exclude, or "
-                "leave ins out of --draw-reward"
-            )
+def check_judges(args, names):
+    """Ends the program if a component of `names` has no judge."""
+    if "ins" in names and not args.detector:
+        fail("--draw-reward ins needs a --detector")
+    if "kn" in names and not args.knowledge:
+        fail("the component kn needs --knowledge, a vision-language model other than --model")
+    if "kn" in names and Path(args.knowledge).resolve() == Path(args.model).resolve():
+        fail(f"--knowledge {args.knowledge} is --model: a policy may not judge itself")
+
+
+def load_judges(args, names, device):
+    """(clip, detector, knowledge) that these components need; None for the others."""
+    clip = None
+    detector = None
+    knowledge = None
+    # a model that finds objects does not name their colours
+    needs_colours = "ins" in names and ":" not in args.detector
+    if args.clip and (needs_colours or names & {"sem", "dense"}):
+        clip = ClipScorer(args.clip, args.clip_weights, device=device)
+    if "ins" in names:
+        detector = load_detector(args.detector, clip, device)
+    if "kn" in names:
+        knowledge = Knowledge(args.knowledge, device)
+    return clip, detector, knowledge
 
 
 def load_drawing_reward(args, records, clip, detector, knowledge):
     """The DrawingReward of the parsed flags and of load_judges(); checks all prompts."""
     check_prompts(records, args.draw_reward)
-    return DrawingReward(
-        args.draw_reward,
-        clip,
-        detector,
-        knowledge,
-        draw_rivals([text for record in records for text in sentences_of(record)]),
-        args.draw_relative,
-        args.verdict,
-        draw_rivals([text for record in records for text in keywords_of(record)]),
-    )
+    rivals = None
+    rival_keywords = None
+    if args.draw_relative == "prompts":
+        rivals = draw_rivals(text for record in records for text in sentences_of(record))
+        rival_keywords = draw_rivals(text for record in records for text in keywords_of(record))
+    judges = (clip, detector, knowledge)
+    return DrawingReward(args.draw_reward, *judges, rivals, rival_keywords, args.verdict)
 
 
 def draw_rivals(texts):
     """At most MOST_RIVALS of the distinct texts, always the same ones."""
     distinct = sorted(set(texts))
     return random.Random(0).sample(distinct, min(MOST_RIVALS, len(distinct)))
-
-
-def load_reading_reward(args, records, tokenizer, clip, knowledge):
-    """The ReadingReward of the parsed flags; records: mask records, whose hidden texts compete."""
-    hidden = [record["answer"] for record in records]
-    return ReadingReward(
-        args.read_reward, tokenizer=tokenizer, clip=clip, hidden=hidden, knowledge=knowledge
-    )

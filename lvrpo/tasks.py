@@ -2,19 +2,16 @@
 
 Both have the methods of FillMask in grpo_train.py, which is all that the loop asks of a task.
 Reading *is* FillMask, with other rewards. Drawing differs in what a completion is: the codes of an
-image, which a VQ-VAE turns into pixels. Its log-probs are exact, so equations (2) to (5) apply to it
-unchanged.
+image, which a VQ-VAE turns into pixels.
 """
-
-import copy
 
 import torch
 
 from common.captions import load_image
-from common.prompts import Example, Prompts
+from common.drawings import codes_of_drawings, drawings_of_codes, encode_drawing
+from common.prompts import Example
 from common.records import BadRecord
 from grpo_train import FillMask
-from lvrpo.drawings import codes_of_drawings, drawings_of_codes, encode_drawing
 
 
 class Reading(FillMask):
@@ -23,27 +20,17 @@ class Reading(FillMask):
     name = "reading"
 
 
-class Drawing:
-    """Draw what a prompt says.
-
-    records: of load_prompts(); imitation needs an image with each. places: of the prompts
-    of a step, those of this task. scorer: a DrawingReward, or None for imitation.
-    """
+class Drawing(FillMask):
+    """Draw what a prompt says; to imitate, it needs an image with each."""
 
     name = "drawing"
     medium = "image"
+    flag = "--prompts"
 
-    def __init__(self, args, root, policy, records, places, scorer):
-        self.args = args
-        self.root = root
-        self.policy = policy
+    def __init__(self, args, root, policy, *rest):
+        super().__init__(args, root, policy, *rest)
         self.medium_rows = policy.media["image"].rows
         self.max_length = policy.media["image"].length
-        # a tokenizer cannot serve two threads ("Already borrowed")
-        self.processor = copy.deepcopy(policy.processor)
-        self.prompts = Prompts(records, self.encode, places, args.seed, flag="--prompts")
-        self.scorer = scorer
-        self.weights = scorer.weights if scorer else {}
 
     def encode(self, place, record):
         image = None

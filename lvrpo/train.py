@@ -10,9 +10,8 @@ exact as those of text.
     torchrun --nproc_per_node 8 -m lvrpo.train @recipes/janus-pro-1b/train-8-gpus.txt
 
 in:   --data: masks of build_masks.py, or {id, image, question, answer}, for reading
-      --prompts: {id, prompt, image?, tag?, include?, exclude?}, GenEval's evaluation_metadata.jsonl
-      for example, for drawing; `include` and `exclude` are what r_ins checks, and `image` is what
-      --objective sft imitates
+      --prompts: {id, prompt, image?, tag?, include?, exclude?}, for drawing; r_ins checks GenEval's
+      `include` and `exclude`, and --objective sft imitates `image`
 out:  that of grpo_train.py, with metrics per task ("entropy/drawing"), and OUT/samples/step-N.png
 
 The paper (arXiv 2603.27693) trains BAGEL, which draws by flow matching; Janus draws by discrete
@@ -23,6 +22,7 @@ import torch
 
 from common.captions import image_root
 from common.drawing_prompts import load_prompts
+from common.drawings import require_drawing
 from common.masks import load_masks
 from common.policy import Policy, freeze_unused
 from common.ranks import setup_distributed
@@ -33,13 +33,13 @@ from common.training import autocast
 from common.training_flags import add_training_flags, check_training_flags
 from common.vlm import join_prompts, load_vlm
 from grpo_train import train
-from lvrpo.drawings import require_drawing
-from lvrpo.judges import load_judges
 from lvrpo.reward import (
     RawSum,
+    ReadingReward,
     add_lvrpo_reward_flags,
+    check_judges,
     load_drawing_reward,
-    load_reading_reward,
+    load_judges,
 )
 from lvrpo.tasks import Drawing, Reading
 
@@ -48,16 +48,20 @@ def load_tasks(args, root, policy):
     """The tasks of a run: reading, drawing, or both, in the share of --draw-share."""
     n_read, n_drawn = prompts_of_step(args)
     is_rewarded = args.objective == "grpo"
-    clip = detector = knowledge = None
-    if is_rewarded:
-        clip, detector, knowledge = load_judges(args, policy.model.device)
+    clip, detector, knowledge = load_judges(args, judged_by(args), policy.model.device)
 
     tasks = []
     if n_read:
         records = load_masks(args.data)
         scorer = None
         if is_rewarded:
-            scorer = load_reading_reward(args, records, policy.processor.tokenizer, clip, knowledge)
+            scorer = ReadingReward(
+                args.read_reward,
+                tokenizer=policy.processor.tokenizer,
+                clip=clip,
+                hidden=[record["answer"] for record in records],
+                knowledge=knowledge,
+            )
         tasks.append(Reading(args, root, policy, records, range(n_read), scorer))
     if n_drawn:
         require_drawing(policy, args.model)
@@ -78,6 +82,15 @@ def prompts_of_step(args):
     """How many prompts of a step are read, and how many are drawn."""
     n_drawn = round(args.draw_share * args.prompts_per_step)
     return args.prompts_per_step - n_drawn, n_drawn
+
+
+def judged_by(args):
+    """The components that need a judge. Answers are compared with the caption's by rule."""
+    if args.objective == "sft":
+        return set()
+    drawing = {name for name, weight in args.draw_reward.items() if weight}
+    reading = {name for name, weight in args.read_reward.items() if weight}
+    return drawing | (reading - {"ins"})
 
 
 def parse_args():
@@ -120,6 +133,7 @@ def check_args(args):
     for flag, n in (("read_reward", n_read), ("draw_reward", n_drawn)):
         if args.objective == "grpo" and n and not any(getattr(args, flag).values()):
             fail(f"--{flag.replace('_', '-')}: all weights are 0, so nothing is rewarded")
+    check_judges(args, judged_by(args))
 
 
 def main():
@@ -158,9 +172,8 @@ def main():
 def load_policy(name, args, device):
     """The Policy of a checkpoint, in fp32: at lr 1e-6 a bf16 weight would lose every update."""
     model, processor = load_vlm(name, device, args.trust_remote_code, torch.float32)
-    temperature = 1.0 if args.objective == "sft" else args.temperature
-    guidance = 1.0 if args.objective == "sft" else args.guidance
-    return Policy(model, processor, temperature, guidance)
+    sampling = (1.0, 1.0) if args.objective == "sft" else (args.temperature, args.guidance)
+    return Policy(model, processor, *sampling)
 
 
 if __name__ == "__main__":

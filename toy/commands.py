@@ -52,7 +52,7 @@ def recipe_command(script, recipe, *arguments):
 
 # imported once, by the server that every process is forked from: the imports take six seconds
 PRELOAD = ["build_masks", "evaluate", "grpo_train", "score_dependency", "toy.pieces"]
-PRELOAD += ["lvrpo.tasks", "lvrpo.judges", "lvrpo.reward"]
+PRELOAD += ["lvrpo.tasks", "lvrpo.reward"]
 # multiprocessing looks after all processes at once, whichever thread asks
 LOCK = threading.Lock()
 

@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from common.captions import load_image
+from common.drawings import codes_of_drawings, encode_drawing
 from common.policy import without_text
 from common.records import load_records
 from common.vlm import join_prompts, response_positions
-from lvrpo.drawings import codes_of_drawings, encode_drawing
 from score_dependency import CAPTION_PROMPT
 from toy.drawing import SIDE, tile_pixels
 from toy.models import make_vlm_tokenizer

@@ -27,9 +27,9 @@ from pathlib import Path
 
 import torch
 
+from common.drawings import codes_of_drawings, drawings_of_codes
 from common.records import load_records, write_json
 from common.vlm import load_vlm
-from lvrpo.drawings import codes_of_drawings, drawings_of_codes
 from report.drawings import drawings_figure
 from report.figures import save_png
 from toy.drawing import nearest

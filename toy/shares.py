@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common.drawing_prompts import load_prompts
+from common.drawing_prompts import load_prompts, sentences_of
+from common.drawings import drawings_of_codes, encode_drawing
 from common.policy import Policy
 from common.training import uniforms_of
 from common.vlm import join_prompts, load_vlm
-from lvrpo.drawings import drawings_of_codes, encode_drawing
-from lvrpo.reward import DrawingReward, draw_rivals, sentences_of
+from lvrpo.reward import DrawingReward, draw_rivals
 from reward import ClipScorer, advantages
 from toy.drawing import detect
 
@@ -54,14 +54,14 @@ def share_of(part, other):
 def main(world):
     world = Path(world)
     prompts = load_prompts(world / "prompts_train.jsonl")
-    rivals = draw_rivals([text for prompt in prompts for text in sentences_of(prompt)])
+    rivals = draw_rivals(text for prompt in prompts for text in sentences_of(prompt))
     clip = ClipScorer(str(world / "clip"))
     prompts = prompts[:PROMPTS]
     groups = draw_groups(world, prompts)
 
     sems = {}
-    for relative in ("prompts", "none"):
-        scorer = DrawingReward({"sem": 1}, clip=clip, rivals=rivals, relative=relative)
+    for relative, texts in (("prompts", rivals), ("none", None)):
+        scorer = DrawingReward({"sem": 1}, clip=clip, rivals=texts)
         sems[relative] = scorer(prompts, groups)["sem"]
     print(f"{'r_ins':10s}{'r_sem':10s}{'added raw':>12s}{'one by one':>12s}")
     for verdict in ("graded", "binary"):

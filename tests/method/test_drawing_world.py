@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lvrpo.geneval import clauses, verdict
+from common.geneval import clauses, verdict
 from toy.drawing import (
     CORNERS,
     compose,

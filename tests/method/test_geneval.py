@@ -2,8 +2,8 @@
 
 import pytest
 
+from common.geneval import clauses, graded, relations, verdict
 from common.judges import Detection
-from lvrpo.geneval import clauses, graded, relations, verdict
 
 
 def at(x, y, size=10, score=0.8, colour=None):

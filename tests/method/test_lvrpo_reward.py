@@ -24,10 +24,10 @@ from transformers import (
     SwinConfig,
 )
 
+import lvrpo.reward
 from common import judges
-from common.judges import Detection, Knowledge, class_of, crop_of, load_detector
-from lvrpo import judges as lvrpo_judges
-from lvrpo.judges import load_judges
+from common.drawing_prompts import check_prompts, keywords_of
+from common.judges import Detection, Knowledge, class_of, crop_of, crops_of, load_detector
 from lvrpo.reward import (
     DRAWING_COMPONENTS,
     READING_COMPONENTS,
@@ -35,12 +35,11 @@ from lvrpo.reward import (
     RawSum,
     ReadingReward,
     add_lvrpo_reward_flags,
-    check_prompts,
-    crops_of,
-    keywords_of,
+    check_judges,
     load_drawing_reward,
-    load_reading_reward,
+    load_judges,
 )
+from lvrpo.train import judged_by
 from reward import COMPONENTS, ClipScorer, Reward, advantages
 
 CPU = torch.device("cpu")
@@ -128,13 +127,13 @@ def test_what_a_drawing_adds_to_every_text_cancels_and_so_does_a_bias():
 
 def test_relative_to_nothing_sem_is_the_cosine_and_needs_no_rivals():
     table = {"A red circle.": [4.0, -4.0], "A blue square.": [2.0, 6.0]}
-    reward = DrawingReward({"sem": 1}, TableClip(table), relative="none")
+    reward = DrawingReward({"sem": 1}, TableClip(table))
     # a cosine of -0.4 counts as 0
     assert reward([PROMPT], [numbered(0, 1)])["sem"].tolist() == [pytest.approx([0.3, 0.3])]
 
 
 def test_one_rival_is_none_as_it_may_be_the_sentence_itself():
-    with pytest.raises(SystemExit, match="at least two texts"):
+    with pytest.raises(SystemExit, match="prompts of two texts or more"):
         DrawingReward({"sem": 1}, TableClip(SEM_TABLE), rivals=["A cat.", "a cat"])
 
 
@@ -294,7 +293,7 @@ def test_dense_is_the_mean_over_keywords_of_the_two_best_crops():
     circle[15], circle[5] = 9.0, 7.0
     square[10], square[2], square[0] = 3.0, 1.0, 0.5
     clip = TableClip({"red circle": circle, "blue square": square})
-    reward = DrawingReward({"dense": 1}, clip, relative="none")
+    reward = DrawingReward({"dense": 1}, clip)
     dense = reward([OBJECTS], [[grid_image(), grid_image()]])["dense"]
     assert dense.tolist() == [pytest.approx([0.5, 0.5])]
 
@@ -384,8 +383,8 @@ def test_reading_asks_about_the_filled_sentence_and_no_answer_gets_0():
 def test_sem_and_ins_of_reading_are_the_components_of_stage_3(clip_folder):
     clip = ClipScorer(str(clip_folder))
     records = [MASKED, MASKED | {"answer": "blue square"}]
-    args = flags("--read-reward", "sem=1", "ins=2")
-    ours = load_reading_reward(args, records, None, clip, None)
+    hidden = [record["answer"] for record in records]
+    ours = ReadingReward({"sem": 1, "ins": 2}, clip=clip, hidden=hidden)
     theirs = Reward({"semantic": 1, "visual": 1}, clip=clip, hidden=["red circle", "blue square"])
     completions = [[completion("red circle"), completion("red"), "no"]]
     components = ours([MASKED], [random_image(1)], completions)
@@ -594,7 +593,7 @@ def test_a_detector_may_be_a_function_that_is_named(tmp_path, monkeypatch):
         load_detector("some_detectors:number", None, CPU)
 
 
-NOT_LOADED = ["no_such:detect", "./no_such:detect", "lvrpo.geneval:detect", ":x", "no/such", "."]
+NOT_LOADED = ["no_such:detect", "./no_such:detect", "common.geneval:detect", ":x", "no/such", "."]
 
 
 @pytest.mark.parametrize("name", NOT_LOADED)
@@ -614,6 +613,7 @@ def flags(*arguments):
     args = parser.parse_args(arguments)
     args.draw_reward = dict(args.draw_reward)
     args.read_reward = dict(args.read_reward)
+    args.objective = "grpo"
     return args
 
 
@@ -658,7 +658,7 @@ def loaded(monkeypatch):
 
     monkeypatch.setattr(judges, "OpenVocabularyDetector", loads("OpenVocabularyDetector"))
     for name in ("ClipScorer", "Knowledge"):
-        monkeypatch.setattr(lvrpo_judges, name, loads(name))
+        monkeypatch.setattr(lvrpo.reward, name, loads(name))
     return names
 
 
@@ -668,7 +668,7 @@ def loaded(monkeypatch):
         (["sem=1"], ["ins=1"], None, ["ClipScorer"]),
         (["dense=1"], ["ins=1"], None, ["ClipScorer"]),
         (["kn=1"], ["sem=1"], None, ["ClipScorer", "Knowledge"]),
-        (["ins=1"], ["ins=1"], "lvrpo.geneval:verdict", []),
+        (["ins=1"], ["ins=1"], "common.geneval:verdict", []),
         # CLIP names colours
         (["ins=1"], ["ins=1"], "owl", ["ClipScorer", "OpenVocabularyDetector"]),
         (["ins=0", "sem=0"], ["kn=1", "sem=0"], "owl", ["Knowledge"]),
@@ -677,7 +677,7 @@ def loaded(monkeypatch):
 def test_only_judges_that_a_weight_needs_are_loaded(loaded, draw, read, detector, expected):
     args = flags("--draw-reward", *draw, "--read-reward", *read, "--knowledge", "judge")
     args.detector = detector
-    judged = load_judges(args, CPU)
+    judged = load_judges(args, judged_by(args), CPU)
     assert loaded == expected
     assert [judge is not None for judge in judged] == [
         "ClipScorer" in expected,
@@ -695,11 +695,11 @@ def test_only_judges_that_a_weight_needs_are_loaded(loaded, draw, read, detector
         (["--draw-reward", "kn=1", "--knowledge", "./policy/"], "may not judge itself"),
     ],
 )
-def test_judges_that_are_missing_end_in_one_line(loaded, arguments, message):
+def test_judges_that_are_missing_end_in_one_line(arguments, message):
+    args = flags(*arguments)
     with pytest.raises(SystemExit, match=message) as error:
-        load_judges(flags(*arguments), CPU)
+        check_judges(args, judged_by(args))
     assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
-    assert "Knowledge" not in loaded
 
 
 def test_a_raw_sum_is_decided_by_the_component_with_the_larger_spread():

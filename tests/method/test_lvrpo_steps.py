@@ -23,11 +23,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import common.run
 import grpo_train
 import reward
+from common.drawings import codes_of_drawings, drawings_of_codes
 from common.judges import Detection
 from common.stage import run_script
 from common.vlm import load_vlm
 from lvrpo import train as lvrpo_train
-from lvrpo.drawings import codes_of_drawings, drawings_of_codes
 from lvrpo.reward import READING_COMPONENTS
 
 CPU = torch.device("cpu")
