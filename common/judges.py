@@ -154,7 +154,10 @@ class OpenVocabularyDetector:
         """The objects in drawings of one prompt, which share their labels."""
         wanted = [*record.get("include", ()), *record.get("exclude", ())]
         names = list(dict.fromkeys(entry["class"] for entry in wanted))
-        coloured = {entry["class"] for entry in record.get("include", ()) if "color" in entry}
+        asked = {}
+        for entry in record.get("include", ()):
+            if "color" in entry:
+                asked.setdefault(entry["class"], []).append(entry["color"])
         labels = [names] * len(images)
         inputs = self.processor(images=images, text=labels, return_tensors="pt")
         outputs = self.model(**inputs.to(self.model.device))
@@ -178,19 +181,21 @@ class OpenVocabularyDetector:
                 if name is not None:
                     box = tuple(boxes[i].tolist())
                     objects[name].append(Detection(box, result["scores"][i].item()))
-            for name in coloured:
-                objects[name] = self.with_colours(image, name, objects[name])
+            for name, colours in asked.items():
+                # GenEval's, and any other that the prompt says: it could not be obeyed otherwise
+                choices = list(dict.fromkeys([*COLOURS, *colours]))
+                objects[name] = self.with_colours(image, name, objects[name], choices)
             found.append(objects)
         return found
 
-    def with_colours(self, image, name, detections):
-        """The same detections, each with that of COLOURS which CLIP finds its crop to fit best."""
+    def with_colours(self, image, name, detections, choices):
+        """The same detections, each with the colour of `choices` that fits its crop best: CLIP's."""
         if not detections:
             return []
         crops = [crop_of(image, detection.box) for detection in detections]
-        texts = [f"a photo of a {colour} {name}" for colour in COLOURS]
+        texts = [f"a photo of a {colour} {name}" for colour in choices]
         fit = self.clip.image_features(crops) @ self.clip.text_features(texts).T
-        colours = [COLOURS[i] for i in fit.argmax(-1).tolist()]
+        colours = [choices[i] for i in fit.argmax(-1).tolist()]
         return [d._replace(colour=colour) for d, colour in zip(detections, colours)]
 
 

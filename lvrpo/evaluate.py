@@ -144,14 +144,14 @@ class Evaluator:
 
 def judges_of(args, prompts, device):
     """(detector or None, DrawingReward of sem and kn); sem compares with other prompts of all."""
-    if args.detector and not any(p.get("include") or p.get("exclude") for p in prompts):
+    flags = {"sem": args.clip, "ins": args.detector, "kn": args.knowledge}
+    # without a usable prompt there is nothing to judge, and main() says so
+    names = {name for name, judge in flags.items() if judge and prompts}
+    if "ins" in names and not any(p.get("include") or p.get("exclude") for p in prompts):
         fail(f"--detector: no prompt of {args.prompts} has include or exclude to judge by")
-    is_model = args.detector and ":" not in args.detector
+    is_model = "ins" in names and ":" not in args.detector
     if is_model and not args.clip and any(map(asks_colour, prompts)):
         fail("--detector: some prompts ask for colours, which need --clip to be named")
-
-    flags = {"sem": args.clip, "ins": args.detector, "kn": args.knowledge}
-    names = {name for name, judge in flags.items() if judge}
     clip, detector, knowledge = load_judges(args, names, device)
     weights = dict.fromkeys(names - {"ins"}, 1.0)
     rivals = draw_rivals(text for prompt in prompts for text in sentences_of(prompt))

@@ -275,6 +275,7 @@ def test_gains_are_paired_and_other_settings_are_refused(run, tmp_path):
         (("--detector", "owl"), "--clip"),
         (("--prompts", "bare.jsonl", "--detector", "eyes:detect"), "no prompt of bare.jsonl"),
         (("--prompts", "broken.jsonl"), "none of its prompts"),
+        (("--prompts", "broken.jsonl", "--detector", "eyes:detect"), "none of its prompts"),
         (("--prompts", "absent.jsonl"), "no such file"),
     ],
 )

@@ -517,18 +517,21 @@ def test_each_image_gets_the_classes_of_its_own_record(detector):
 
 def test_clip_names_the_colours_of_objects_that_are_asked_for_by_colour(detector, monkeypatch):
     class Red:
-        """Fits "a photo of a red ..." best, and remembers the sizes of the crops."""
+        """Fits the texts with these colours best, and remembers the sizes of the crops."""
 
         def __init__(self):
             self.sizes = []
+            self.colours = ["red"]
+            self.choices = 10
 
         def image_features(self, images):
             self.sizes += [image.size for image in images]
             return torch.ones(len(images), 1)
 
         def text_features(self, texts):
-            assert len(texts) == 10
-            return torch.tensor([[float("red circle" in text)] for text in texts])
+            assert len(texts) == self.choices
+            fits = [any(f"{c} circle" in text for c in self.colours) for text in texts]
+            return torch.tensor(fits).float()[:, None]
 
     clip = Red()
     monkeypatch.setattr(detector, "clip", clip)
@@ -539,6 +542,13 @@ def test_clip_names_the_colours_of_objects_that_are_asked_for_by_colour(detector
     assert len(clip.sizes) == len(found["circle"])
     (found,) = detector([random_image(1)], [PROMPT | {"include": [RED_CIRCLE]}])
     assert found["circle"] and all(d.colour == "red" for d in found["circle"])
+
+    # a colour that is not one of GenEval's ten can be obeyed too
+    clip.colours = ["grey"]
+    clip.choices = 11
+    grey_circle = {"class": "circle", "count": 1, "color": "grey"}
+    (found,) = detector([random_image(1)], [PROMPT | {"include": [grey_circle]}])
+    assert found["circle"] and all(d.colour == "grey" for d in found["circle"])
 
 
 def test_a_phrase_is_the_class_with_which_it_shares_most_words():
