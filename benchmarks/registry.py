@@ -59,7 +59,7 @@ BENCHMARKS = {
         file_pattern=r"we-?math",
         ending=CHOOSE,
         gold=gold.gold_wemath,
-        extract=extraction.extract_option,
+        extract=extraction.extract_wemath,
         equal=gold.same,
         score=scores.score_wemath,
     ),

@@ -17,8 +17,8 @@ from benchmarks.registry import BENCHMARKS, kind_of
 from benchmarks.tsv import load_images, parse_list, question_text, read_tsv, rotations
 from common.captions import load_image
 from common.policy import Policy, generate
-from common.records import BadRecord, fail, fingerprint
-from common.results import evaluate_records, other_image, print_scores
+from common.records import BadRecord, fail, fingerprint, write_json
+from common.results import evaluate_records, other_image, print_scores, read_predictions
 from common.vlm import chat_prompt, encode_prompt, load_vlm
 from report.results import write_results_page
 
@@ -241,8 +241,23 @@ def run_benchmark(args, root, rank, device):
     }
     results = evaluate_records(args, rank, records, start, settings, kind, benchmark.score)
     if rank == 0:
+        if benchmark.score is None:
+            write_mmvet(args.out, table.indices)
         print_scores(results)
         write_results_page(args, results, load_example)
+
+
+def write_mmvet(out, indices):
+    """OUT/mmvet.json, {v1_index: answer}, which MM-Vet's grader reads: it needs every index.
+
+    An answer comes without the thought before it, and is empty where no record could be asked.
+    """
+    predictions, _ = read_predictions(out)
+    answers = dict.fromkeys(indices, "")
+    for record in predictions["real"]:
+        answers[record["index"]] = final_answer(record["prediction"])
+    named = {f"v1_{index.removeprefix('v1_')}": answer for index, answer in answers.items()}
+    write_json(Path(out, "mmvet.json"), named)
 
 
 def number_images(records):

@@ -39,15 +39,15 @@ def group_by_listed(records, column):
     return dict(sorted(groups.items()))
 
 
-def all_right(records, key, size=1):
-    """A record for each value of `key`, right if all records with that value are.
+def all_right(records, key, size=None):
+    """A record for each value of `key` but None, right if all records with that value are.
 
-    Groups of fewer than `size` records, or with the value None, are left out.
+    size: the number of records that a group must have, or None if any number will do.
     """
     return [
         _merged(group)
         for value, group in _groups(records, key).items()
-        if value is not None and len(group) >= size
+        if value is not None and size in (None, len(group))
     ]
 
 
@@ -183,8 +183,8 @@ def score_mme(records):
     """MME: accuracy, and accuracy+, the share of images with both of their questions right.
 
     The score of a category is the sum of both, at most 200; perception (10 categories) and
-    cognition (4) are sums of scores. An image of which a question is missing has no accuracy+ (see
-    n).
+    cognition (4) are sums of scores. An image with another number of questions, which MME's own
+    tool refuses, has no accuracy+ (see n).
     """
     scores = accuracy(records, ("category",))
     sums = {}

@@ -31,6 +31,7 @@ class Table(NamedTuple):
 
     columns: list  # names
     records: list  # (line number, dict | BadRecord), in the order of the file
+    indices: list  # of all records, also of those that cannot be used
     image_offsets: dict  # {hash of an image field: byte offset of a record that holds it}
 
 
@@ -79,11 +80,12 @@ def read_tsv(path):
         index    "5", also where pandas wrote "5.0" because the column had gaps
         number   the index as an int; None if it is a word
         options  {letter: text} of the option columns that are not empty
-        group    the question that this record asks: its index modulo 1,000,000
-        copy     which of CircularEval's rotations of the question it is: its index by 1,000,000
+        group    the question that this record asks: its g_index, or its index modulo 1,000,000
+        copy     0 for the question itself; else which of CircularEval's rotations of it this is:
+                 its index by 1,000,000, or 1 if the file has a column g_index
         image    hash of its image field, or the path in image_path, or ""
 
-    Indices are split into group and copy only if some record repeats the options of another so. The
+    Without g_index, indices are split only if some record repeats the options of another so. The
     words None, NA and nan are text like any other, which pandas would drop. A record that cannot be
     used is a BadRecord; a file that is no benchmark ends the program.
     """
@@ -98,27 +100,29 @@ def read_tsv(path):
         )
 
     records = []
-    indices = set()
+    indices = {}  # {index: line of the first record that has it}
     images = {}  # {index: (hash of its image field, byte offset)}
     for offset, line, fields in lines:
-        record = _parse_record(columns, fields, indices)
-        if isinstance(record, dict):
-            indices.add(record["index"])
-            if len(record["image"]) > REFERENCE_LENGTH:
-                digest = hashlib.sha256(record["image"].encode()).hexdigest()
-                images[record["index"]] = (digest, offset)
-                record["image"] = record["index"]
+        record = _parse_record(columns, fields, line, indices)
+        if isinstance(record, dict) and len(record["image"]) > REFERENCE_LENGTH:
+            digest = hashlib.sha256(record["image"].encode()).hexdigest()
+            images[record["index"]] = (digest, offset)
+            record["image"] = record["index"]
         records.append((line, record))
 
-    _undo_chance_copies(records)
+    if "g_index" not in columns:
+        _undo_chance_copies(records)
     records = [(line, _resolve_image(record, columns, images)) for line, record in records]
-    return Table(columns, records, dict(images.values()))
+    return Table(columns, records, list(indices), dict(images.values()))
 
 
-def _parse_record(columns, fields, indices):
-    """The dict of one record, or a BadRecord; `indices` are those of the records before it."""
+def _parse_record(columns, fields, line, indices):
+    """The dict of one record, or a BadRecord; its index is added to `indices`."""
     record = dict(zip(columns, fields))
     index = _whole(record.get("index", ""))
+    first_line = line
+    if index:
+        first_line = indices.setdefault(index, line)
     if len(fields) != len(columns):
         hint = ""
         if any("\n" in field for field in fields):
@@ -126,7 +130,7 @@ def _parse_record(columns, fields, indices):
         return BadRecord(f"record {index}: {len(fields)} columns instead of {len(columns)}{hint}")
     if not index:
         return BadRecord("the index is missing")
-    if index in indices:
+    if first_line != line:
         return BadRecord(f"record {index}: its index appears twice")
 
     record["index"] = index
@@ -137,6 +141,9 @@ def _parse_record(columns, fields, indices):
         record["number"] = int(index)
         record["group"] = str(record["number"] % COPY_STEP)
         record["copy"] = record["number"] // COPY_STEP
+    if "g_index" in columns:
+        record["group"] = _whole(record["g_index"]) or index
+        record["copy"] = int(record["group"] != index)
 
     letters = string.ascii_uppercase
     record["options"] = {letter: record[letter] for letter in letters if record.get(letter)}

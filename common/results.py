@@ -100,7 +100,6 @@ def evaluate_records(args, rank, records, start, settings, kind, score):
     if args.compare:
         results["compared_with"] = args.compare
     if score is None:
-        _write_mmvet(Path(args.out, "mmvet.json"), predictions["real"])
         results["extraction"] = "none: mmvet.json is for MM-Vet's own grader"
     else:
         results |= _notes(kind, predictions["real"])
@@ -162,17 +161,6 @@ def _leakage(without, backbone_accuracy):
     return leakage
 
 
-def _write_mmvet(path, real):
-    """{v1_index: prediction}, which MM-Vet's grader reads."""
-    predictions = {}
-    for record in real:
-        index = record["index"]
-        if not index.startswith("v1_"):
-            index = f"v1_{index}"
-        predictions[index] = record["prediction"]
-    write_json(path, predictions)
-
-
 # ---------------------------------------------------------------- as text
 
 
@@ -227,6 +215,11 @@ def print_scores(results):
     )
 
 
-def interval(entry, sign=""):
-    """A value with its bootstrap interval, as text."""
-    return f"{entry['value']:{sign}.1f} [{entry['low']:.1f}, {entry['high']:.1f}]"
+def interval(entry, sign="", digits=1):
+    """'38.4 [34.8, 42.0]' of a score or a gain; 'undefined' if it is 0 / 0."""
+    if entry["value"] is None:
+        return "undefined"
+    value = f"{entry['value']:{sign}.{digits}f}"
+    if entry["low"] is None:
+        return value
+    return f"{value} [{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]"

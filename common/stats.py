@@ -111,7 +111,7 @@ def bootstrap_ratios(scores, draws=1000):
     """{name: (value, (draws,) bootstrap values)} of scores as described at the top of this file.
 
     All scores are computed on the same resampled units, so that they can be subtracted pairwise. A
-    ratio of 0 / 0 has the value 0; draws that leave a ratio without records are nan.
+    ratio of 0 / 0 is nan, of all records or of a draw that leaves it without any.
 
     >>> ratio = [("a", 1, 1), ("a", 0, 1), ("b", 1, 1)]
     >>> value, drawn = bootstrap_ratios({"accuracy": (100, [ratio], [])})["accuracy"]
@@ -155,26 +155,27 @@ def _resampled_ratios(ratios, draws):
 
     drawn = np.stack(drawn).reshape(-1, 2, len(ratios))
     with np.errstate(invalid="ignore", divide="ignore"):
-        resampled = drawn[:, 0] / drawn[:, 1]
-    resampled[0] = np.nan_to_num(resampled[0])
-    return resampled
+        return drawn[:, 0] / drawn[:, 1]
 
 
 def confidence_interval(value, draws):
     """{value, low, high}, rounded: the 2.5% and 97.5% quantiles of the bootstrap values `draws`.
 
+    None stands for what is undefined: a value of 0 / 0, and an interval without a single draw.
+
     >>> confidence_interval(50, np.arange(101))
     {'value': 50.0, 'low': 2.5, 'high': 97.5}
     """
-    low = value
-    high = value
+    numbers = {"value": value, "low": None, "high": None}
     if not np.isnan(draws).all():
-        low, high = np.nanpercentile(draws, (2.5, 97.5))
-    return {
-        "value": round(float(value), 2),
-        "low": round(float(low), 2),
-        "high": round(float(high), 2),
-    }
+        numbers["low"], numbers["high"] = np.nanpercentile(draws, (2.5, 97.5))
+    return {name: _rounded(number) for name, number in numbers.items()}
+
+
+def _rounded(number):
+    if number is None or np.isnan(number):
+        return None
+    return round(float(number), 2)
 
 
 def with_intervals(scores):
@@ -199,7 +200,8 @@ def paired_difference(score, mine, other):
     score: a function from records to scores as described at the top of this file. Only records
     whose index is in both take part, and both sides are resampled together. The verdict is "gain"
     or "loss", the other way round for a score that should fall. It is "noise" if the interval
-    contains 0, or if there are fewer than ten units, for which resampling says nothing.
+    contains 0, or if there are fewer than ten units, for which resampling says nothing. A score
+    that is 0 / 0 on either side has no difference and is left out.
     """
     shared = {r["index"] for r in mine} & {r["index"] for r in other}
     if not shared:
@@ -213,16 +215,20 @@ def paired_difference(score, mine, other):
 
     results = {}
     for name, (_, _, records) in my_scores.items():
-        if name in other_scores:
-            my_value, my_draws = drawn["mine", name]
-            other_value, other_draws = drawn["other", name]
-            value = my_value - other_value
-            draws = my_draws - other_draws
-            gain = confidence_interval(value, draws)
-            gain["n"] = len({r["index"] for r in records})
-            units = len({r["unit"] for r in records})
-            gain["verdict"] = _verdict(value, draws, units, name.startswith(LOWER_IS_BETTER))
-            results[name] = gain
+        if name not in other_scores:
+            continue
+        my_value, my_draws = drawn["mine", name]
+        other_value, other_draws = drawn["other", name]
+        value = my_value - other_value
+        if np.isnan(value):
+            continue
+
+        draws = my_draws - other_draws
+        gain = confidence_interval(value, draws)
+        gain["n"] = len({r["index"] for r in records})
+        units = len({r["unit"] for r in records})
+        gain["verdict"] = _verdict(value, draws, units, name.startswith(LOWER_IS_BETTER))
+        results[name] = gain
     return results
 
 

@@ -3,9 +3,9 @@
 import random
 from pathlib import Path
 
-from common.results import is_overall, read_predictions, remark, sections
+from common.results import interval, is_overall, read_predictions, remark, sections
 from report.curves import read_metrics, training_figures
-from report.figures import as_svg, interval_plot, interval_text
+from report.figures import as_svg, interval_plot
 from report.pages import image_uri, page
 
 # characters of a prediction that are shown
@@ -104,8 +104,7 @@ def _score_row(name, headings):
         if entry is None:
             row.append("")
         else:
-            interval = interval_text(entry["value"], entry["low"], entry["high"])
-            row.append(f"{interval} {remark(entry)}")
+            row.append(f"{interval(entry, digits=2)} {remark(entry)}")
             numbers.append(entry["n"])
     return [*row, str(max(numbers))]
 

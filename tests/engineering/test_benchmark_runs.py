@@ -125,6 +125,28 @@ def test_a_record_is_a_copy_if_one_repeats_options_a_million_further_on(tmp_path
     assert groups_and_copies(path, record(5, ""), record(1000005, "")) == alone
 
 
+def test_g_index_names_the_question_of_each_record(tmp_path):
+    """Whatever the options: by their indices alone, 1 and 1000001 would be one question."""
+
+    def record(index, g_index):
+        return {"index": index, "g_index": g_index, "question": "q", "answer": "A"}
+
+    records = [
+        record(1, 1),
+        record(10000001, "1.0"),
+        record(1000001, 1000001),
+        record(11000001, 1000001),
+        record(7, ""),
+    ]
+    assert groups_and_copies(tmp_path / "x.tsv", *records) == [
+        ("1", "1", 0),
+        ("10000001", "1", 1),
+        ("1000001", "1000001", 0),
+        ("11000001", "1000001", 1),
+        ("7", "7", 0),
+    ]
+
+
 def test_a_lone_carriage_return_is_one_line_with_the_file(tmp_path):
     (tmp_path / "x.tsv").write_bytes(b"index\tquestion\tanswer\n1\ta\rb\tyes\n")
     with pytest.raises(SystemExit, match=r"x\.tsv: line 2: .*new-line"):
@@ -365,13 +387,21 @@ def test_a_finished_run_is_compared_without_asking_again(run, tmp_path):
 
 
 @pytest.fixture
-def always_b(monkeypatch):
-    """The model answers B to everything."""
+def always(monkeypatch):
+    """always(text): the model answers `text` to everything."""
 
-    def generate(policy, processor, prompts, max_new_tokens):
-        return ["B"] * len(prompts)
+    def set_answer(text):
+        def generate(policy, processor, prompts, max_new_tokens):
+            return [text] * len(prompts)
 
-    monkeypatch.setattr(benchmarks.run, "generate", generate)
+        monkeypatch.setattr(benchmarks.run, "generate", generate)
+
+    return set_answer
+
+
+@pytest.fixture
+def always_b(always):
+    always("B")
 
 
 def test_the_prompt_holds_hint_options_and_request(run, tmp_path, monkeypatch):
@@ -406,13 +436,104 @@ def test_mmbench_is_asked_in_rotations(run, tmp_path, always_b):
     assert results["real"]["circular"]["value"] == 0 and results["real"]["circular"]["n"] == 3
 
 
-def test_mmvet_is_written_for_its_own_grader(run, tmp_path, always_b):
+def test_a_circular_file_with_g_index_keeps_its_questions_apart(run, tmp_path, always_b):
+    """Always B: of two questions in two rotations each, half is right, and none circularly."""
+    records = []
+    for i in (1, 1000001):
+        question = {"question": "Which?", "g_index": i, "image": png(0)}
+        records.append({"index": i, **question, "A": "x", "B": "y", "answer": "A"})
+        records.append({"index": i + 10**7, **question, "A": "y", "B": "x", "answer": "B"})
+    flags = ("--conditions", "real")
+    error, _, results, _ = run(write_tsv(tmp_path / "LEGO_circular.tsv", records), *flags)
+    assert error is None
+    scores = results["real"]
+    assert (scores["accuracy"]["value"], scores["accuracy"]["n"]) == (0, 2)
+    assert (scores["circular"]["value"], scores["circular"]["n"]) == (0, 2)
+
+
+def test_an_undefined_score_is_said_to_be_so_everywhere(run, tmp_path, always):
+    """A model that never says yes has no precision."""
+    always("No.")
+    records = [
+        {"index": i, "image": png(i), "question": "Red?", "answer": answer}
+        for i, answer in enumerate(("yes", "no"))
+    ]
+    data = write_tsv(tmp_path / "POPE.tsv", records)
+    error, printed, results, _ = run(data, "--conditions", "real", "without")
+    assert error is None
+    assert results["real"]["precision"]["value"] is None
+    assert results["real"]["precision"]["low"] is None
+    assert "precision" not in results["gain_over_without"]
+    assert "NaN" not in (tmp_path / "out/results.json").read_text()
+    (line,) = [line for line in printed.splitlines() if line.startswith("precision")]
+    assert line.split() == ["precision", "undefined"]
+    assert "undefined" in (tmp_path / "out/results.html").read_text()
+
+
+def write_wemath(path, problems):
+    """Problems of two steps, each asked as two steps and as a whole; the answer is always A."""
+    records = []
+    for problem in range(problems):
+        for step in ("1", "2", "multi"):
+            question = {"question": step, "A": "3 cm", "B": "4 cm", "answer": "A", "ID": problem}
+            record = {"index": len(records), **question, "key": f"2steps_{step}"}
+            records.append({**record, "image": png(problem)})
+    return write_tsv(path, records)
+
+
+def test_a_rise_of_wemaths_ik_and_rm_is_a_loss_everywhere(run, tmp_path, monkeypatch):
+    """In We-Math's own form. The base knows all of ten problems; the other model only every second
+    whole, and no step: half of its problems are IK, and what it gets right is RM."""
+    data = write_wemath(tmp_path / "WeMath.tsv", 10)
+    asked = []
+
+    def form(letter):
+        return f"<Thought process>: <<A and B>> <Answer>: <<{letter}>>"
+
+    def knows_all(policy, processor, prompts, max_new_tokens):
+        return [form("A")] * len(prompts)
+
+    def knows_little(policy, processor, prompts, max_new_tokens):
+        letters = []
+        for _ in prompts:
+            asked.append(1)
+            letters.append("A" if len(asked) % 6 == 0 else "B")
+        return [form(letter) for letter in letters]
+
+    flags = ("--conditions", "real")
+    monkeypatch.setattr(benchmarks.run, "generate", knows_all)
+    error, _, base, _ = run(data, *flags, out="base")
+    assert error is None
+    assert base["real"]["accuracy"]["value"] == base["real"]["CM strict"]["value"] == 100
+
+    monkeypatch.setattr(benchmarks.run, "generate", knows_little)
+    error, printed, results, _ = run(data, *flags, "--compare", tmp_path / "base")
+    assert error is None
+    gains = results["compared"]["real"]
+    verdicts = {name: (gain["value"], gain["verdict"]) for name, gain in gains.items()}
+    assert verdicts["IK"] == (50, "loss") and verdicts["RM strict"] == (100, "loss")
+    assert verdicts["CM strict"] == (-100, "loss")
+    (line,) = [line for line in printed.splitlines() if line.startswith("RM strict")]
+    assert line.endswith("+100.0 [100.0, 100.0] loss")
+    page = (tmp_path / "out/results.html").read_text()
+    assert "100.00 [100.00, 100.00] loss" in page and "] gain" not in page
+
+
+def test_mmvet_is_written_for_its_own_grader(run, tmp_path, always):
+    """It needs every index, also of rows that cannot be asked, and no thoughts."""
+    always("<think>It may be a cat.</think> A dog.")
     question = {"question": "Why?", "answer": "so"}
-    records = [{"index": i, "image": png(i), **question} for i in range(2)]
-    error, _, results, predictions = run(write_tsv(tmp_path / "MMVet.tsv", records))
-    assert error is None and len(predictions) == 2
+    records = [{"index": index, "image": png(0), **question} for index in ("0", "v1_1")]
+    records.append({"index": "2", "image": "*" * 99, **question})
+    records.append({"index": "v1_3", "image": "77", **question})
+    data = write_tsv(tmp_path / "MMVet.tsv", records)
+    with open(data, "a") as file:
+        file.write("4\ttoo short\n")
+
+    error, _, results, predictions = run(data)
+    assert error is None and len(predictions) == 2 and results["skipped"] == 3
     layout = json.loads((tmp_path / "out/mmvet.json").read_text())
-    assert layout == {"v1_0": "B", "v1_1": "B"}
+    assert layout == {"v1_0": "A dog.", "v1_1": "A dog.", "v1_2": "", "v1_3": "", "v1_4": ""}
     assert "real" not in results and "own grader" in results["extraction"]
 
 

@@ -3,12 +3,15 @@
 import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from benchmarks.extraction import (
     extract_math,
     extract_mme,
     extract_option,
     extract_pope,
+    extract_wemath,
     extract_yes_no,
     final_answer,
 )
@@ -64,9 +67,19 @@ def values(scores):
         ("The correct answer is option (C).", "C"),
         ("The answer is C because it stands at the top left of it", "C"),
         ("The answer is B, not A.", "B"),
+        ("The answer is A not B", "A"),
+        ("The answer is b because it stands at the top left of it", "B"),
+        ("The answer is A. No, the answer is C.", None),
+        ("The answer is E, not B.", "B"),
+        ("Answer: C, since it stands at the top left of it", "C"),
+        ("B, since it is large and round, so B", "B"),
         ("A", "A"),
         ("A.", "A"),
         ("A. red", "A"),
+        ("A\nred one", "A"),
+        ("A\nround one", "A"),
+        ("A dog, not B", "C"),
+        ("A rather than B", None),
         ("A is right", "A"),
         ("(A) red", "A"),
         ("Option A seems right", "A"),
@@ -80,6 +93,9 @@ def values(scores):
         ("A cat", None),
         ("The answer is a dog", "C"),
         ("The answer is A dog", "C"),
+        ("The answer is A small dog", "C"),
+        ("The answer is a cat", None),
+        ("The answer is because of it", None),
         ("blue", "B"),
         ("It is BLUE!", "B"),
         ("red or blue", None),
@@ -114,6 +130,76 @@ def test_an_option_may_begin_with_an_article_or_hold_another():
     assert letters == ["B", "D", None, None]
 
 
+def test_every_letter_is_read_alike_whatever_follows_the_answer():
+    """Under CircularEval a habit that is read for B, C and D alone costs nearly every question."""
+    endings = (
+        "due to its colour",
+        "not B, C or D",
+        "judging by the shadow",
+        "considering the shape of the object",
+        "which shows the tall building",
+        "after looking at the sign",
+        "like the sign says",
+        "clearly",
+        "the only plausible one",
+        "obviously the best choice",
+        "corresponding to the first row",
+        "per the legend",
+    )
+    for ending in endings:
+        for letter in COLOURS:
+            for text in (f"The answer is {letter} {ending}", f"Answer: option {letter} {ending}."):
+                assert extract_option({"options": COLOURS}, text) == letter, text
+
+
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("sample A", "B"),
+        ("Sample B.", "C"),
+        ("The answer is sample A.", "B"),
+        ("The answer is sample A, given what is seen at the bottom of the image", "B"),
+        ("B. sample A", "B"),
+        ("A", "A"),
+        ("neither sample A nor sample B", None),
+    ],
+)
+def test_an_option_that_is_spelled_out_wins_over_a_letter_within_it(text, letter):
+    options = {"A": "neither", "B": "sample A", "C": "sample B"}
+    assert extract_option({"options": options}, text) == letter
+
+
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("<Thought process>: <<A + C = 12, so D is wrong.>> <Answer>: <<B>>", "B"),
+        ("<Thought process>: <<It is A>>\n<Answer>: C", "C"),
+        ("<Answer>: <<D. 12 cm>>", "D"),
+        ("<Answer>: <<forest green>>", "D"),
+        ("<Thought process>: <<It is A>> <Answer>: <<>>", None),
+        ("The answer is C", "C"),
+        ("<<B>>", "B"),
+        ("Because it is round", None),
+    ],
+)
+def test_wemath_is_read_in_its_own_form_and_in_plain_words(text, letter):
+    assert extract_wemath({"options": COLOURS}, text) == letter
+    assert BENCHMARKS["wemath"].extract is extract_wemath
+
+
+ANSWER_PARTS = ("A", "B", "E", "a", "answer is", "Answer:", "red", "a dog", "not", "\n", ".", "<")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(ANSWER_PARTS) | st.text(max_size=4), max_size=9).map(" ".join))
+def test_any_answer_is_an_option_or_unparsed(text):
+    record = {"options": COLOURS}
+    assert extract_option(record, text) in (*COLOURS, None)
+    assert extract_wemath(record, text) in (*COLOURS, None)
+    for extract in (extract_pope, extract_mme, extract_yes_no):
+        assert extract(record, text) in ("yes", "no", None)
+
+
 @pytest.mark.parametrize(
     "text, pope, mme, words",
     [
@@ -122,6 +208,8 @@ def test_an_option_may_begin_with_an_article_or_hold_another():
         ("No, there is none.", "no", "no", "no"),
         ("Yes, it is.", "yes", "yes", "yes"),
         ("There is not.", "no", None, None),
+        ("No\nThere is none.", "no", "no", "no"),
+        ("**Yes**", "yes", None, "yes"),
         ("Not sure. Yes.", "yes", "no", "yes"),
         ("NO", None, "no", "no"),
         ("Yes. No doubt.", "yes", "yes", None),
@@ -358,17 +446,24 @@ def test_pope_of_a_model_that_never_says_yes_has_no_precision():
         prediction(i, truth == "no", truth=truth, extracted="no", category="x")
         for i, truth in enumerate(["yes", "no"])
     ]
-    scores = values(score_pope(records))
-    assert scores["precision"] == scores["F1"] == 0
+    scores = with_intervals(score_pope(records))
+    undefined = {"value": None, "low": None, "high": None, "n": 2, "unparsed": 0}
+    assert scores["precision"] == scores["precision, category x"] == undefined
+    assert scores["F1"]["value"] == 0
+
+    other = [{**record, "extracted": "yes"} for record in records]
+    gains = paired_difference(score_pope, records, other)
+    assert "F1" in gains and "precision" not in gains
 
 
-def test_mme_by_hand_with_an_image_that_lacks_a_question():
-    """count: images a (both right), b (one), c (a single question, right): accuracy 4/5,
-    accuracy+ 1/2, score 130. OCR: d (both): 100 + 100. code_reasoning: e (none): 0."""
+def test_mme_by_hand_with_images_that_have_not_two_questions():
+    """count: images a (both right), b (one), c (a single question, right), f (three, all right):
+    accuracy 7/8, accuracy+ 1/2, score 137.5. OCR: d (both): 100 + 100. code_reasoning: e: 0."""
     rights = {
         ("count", "a"): [1, 1],
         ("count", "b"): [1, 0],
         ("count", "c"): [1],
+        ("count", "f"): [1, 1, 1],
         ("OCR", "d"): [1, 1],
         ("code_reasoning", "e"): [0, 0],
     }
@@ -379,10 +474,10 @@ def test_mme_by_hand_with_an_image_that_lacks_a_question():
             records.append({**record, "unit": f"{category} {image}"})
 
     scores = values(score_mme(records))
-    assert scores["accuracy, category count"] == 80
+    assert scores["accuracy, category count"] == 87.5
     assert scores["accuracy+, category count"] == 50
-    assert scores["score, category count"] == 130
-    assert (scores["perception"], scores["cognition"]) == (330, 0)
+    assert scores["score, category count"] == 137.5
+    assert (scores["perception"], scores["cognition"]) == (337.5, 0)
     assert with_intervals(score_mme(records))["accuracy+, category count"]["n"] == 2
 
 

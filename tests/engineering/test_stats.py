@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.results import interval
 from common.stats import (
     auroc,
     bootstrap_ratios,
@@ -95,21 +96,24 @@ def test_all_scores_are_drawn_on_the_same_units():
     assert drawn["accuracy"][1] + drawn["w"][1] == pytest.approx(np.full(50, 100))
 
 
-def test_a_ratio_of_nothing_is_zero_and_a_draw_of_nothing_takes_no_part():
-    empty, _ = bootstrap_ratios({"precision": (100, [[("a", 0, 0)]], [])}, 5)["precision"]
-    assert empty == 0
+def test_a_ratio_of_nothing_is_undefined_and_a_draw_of_nothing_takes_no_part():
+    empty, draws = bootstrap_ratios({"precision": (100, [[("a", 0, 0)]], [])}, 5)["precision"]
+    undefined = confidence_interval(empty, draws)
+    assert undefined == {"value": None, "low": None, "high": None}
+    assert interval(undefined) == "undefined"
     ratio = [("a", 1, 1), ("b", 0, 0)]
     value, draws = bootstrap_ratios({"precision": (100, [ratio], [])}, 50)["precision"]
     assert value == 100 and np.isnan(draws).any()
-    interval = confidence_interval(value, draws)
-    assert interval == {"value": 100, "low": 100, "high": 100}
+    defined = confidence_interval(value, draws)
+    assert defined == {"value": 100, "low": 100, "high": 100}
 
 
 def test_an_interval_is_the_middle_95_percent_of_the_draws_rounded():
-    interval = confidence_interval(50.126, np.arange(101))
-    assert interval == {"value": 50.13, "low": 2.5, "high": 97.5}
+    middle = confidence_interval(50.126, np.arange(101))
+    assert middle == {"value": 50.13, "low": 2.5, "high": 97.5}
     nothing = confidence_interval(3, np.full(4, math.nan))
-    assert nothing == {"value": 3, "low": 3, "high": 3}
+    assert nothing == {"value": 3, "low": None, "high": None}
+    assert interval(nothing, sign="+") == "+3.0"
 
 
 def test_scores_carry_their_numbers_of_records_and_of_unparsed_ones():
