@@ -52,8 +52,10 @@ from benchmarks.run import BENCHMARK_CONDITIONS, run_benchmark
 from common.answers import brevity_penalty, exact_match
 from common.captions import image_root, load_image
 from common.clip import load_other_images
+from common.exactness import choose_computation
 from common.masks import read_masks
 from common.policy import Policy, generate
+from common.prompts import two_lengths
 from common.ranks import setup_distributed
 from common.records import BadRecord, fail, fingerprint
 from common.results import evaluate_records, mask_index, other_image, print_scores
@@ -173,6 +175,8 @@ class MaskEvaluator:
         self.policy = Policy(self.model, self.processor, temperature=0)
         # prepare() runs in a thread, and tokenizers cannot be shared between threads
         self.thread_processor = copy.deepcopy(self.processor)
+        first = two_lengths(lambda record: self.prepare(record)[2]["real"], records)
+        choose_computation(self.policy, first)
 
         self.clip = None
         if args.clip:
@@ -298,12 +302,8 @@ def parse_args():
     add("--image-root", help="what image paths are relative to (the folder of --data)")
     add("--compare", help="--out of another model on the same data: report the gains over it")
     add("--limit", type=positive_int, help="only the first N masks, or N questions")
-    add(
-        "--batch-size",
-        type=positive_int,
-        default=32,
-        help="prompts per forward pass and rank; changes speed only (%(default)s)",
-    )
+    note = "prompts per pass and rank: changes speed only (%(default)s)"
+    add("--batch-size", type=positive_int, default=32, help=note)
     add(
         "--max-new-tokens",
         type=positive_int,

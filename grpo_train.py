@@ -36,6 +36,7 @@ import time
 import torch
 
 from common.captions import image_root, load_image
+from common.exactness import choose_computation
 from common.masks import load_masks
 from common.policy import Policy, decode, freeze_unused
 from common.prompts import Example, Prompts
@@ -69,21 +70,21 @@ def grpo_objective(logps, rollout, args):
     logps and what `rollout` holds are (B*G, S), its advantage (B, G) or (B*G,). With rho = 1.5 and
     eps 0.2, A = 1 gives 1.2 (clipped) and A = -1 gives -1.5.
 
-    Everything is masked before exp(), and log-ratios are kept within +-20: exp() of what stands at
-    padding is inf, and inf * 0 is NaN.
+    Everything is masked before exp(), and log-ratios are kept below 20: exp() of what stands at
+    padding is inf, and inf * 0 is NaN. Far below 0, the gradient of the KL is 1: none is lost.
     """
     mask = rollout.mask.bool()
     A = rollout.advantage.flatten()[:, None]
     low = 1 - args.clip_eps[0]
     high = 1 + args.clip_eps[1]
 
-    rho = (logps - rollout.old_logps).masked_fill(~mask, 0).clamp(-20, 20).exp()
+    rho = (logps - rollout.old_logps).masked_fill(~mask, 0).clamp(max=20).exp()
     objective = torch.minimum(rho * A, rho.clamp(low, high) * A)
     clipped = ((rho < low) & (A < 0)) | ((rho > high) & (A > 0))
 
     kl = torch.zeros_like(logps)
     if rollout.ref_logps is not None:
-        d = (rollout.ref_logps - logps).masked_fill(~mask, 0).clamp(-20, 20)
+        d = (rollout.ref_logps - logps).masked_fill(~mask, 0).clamp(max=20)
         kl = d.exp() - d - 1
     return (objective - args.beta * kl).masked_fill(~mask, 0), kl, clipped & mask
 
@@ -231,8 +232,10 @@ class FillMask:
         return Example(place, record, image, encoded)
 
     def tokens_of(self, prompt_tokens, group):
-        """Tokens of a pass over a prompt and its completions."""
-        return prompt_tokens + group * self.max_length
+        """Tokens of a pass over a prompt and its completions, which share it where they may."""
+        if self.policy.shares_prompt(prompt_tokens + self.max_length):
+            return prompt_tokens + group * self.max_length
+        return group * (prompt_tokens + self.max_length)
 
     def decode(self, ids, mask):
         """Completions as B lists of G texts."""
@@ -321,6 +324,9 @@ def main():
     if args.objective == "grpo":
         scorer = load_reward(args, records, root, policy)
     task = FillMask(args, root, policy, records, range(args.prompts_per_step), scorer)
+    G = args.group_size if args.objective == "grpo" else 1
+    first = task.prompts.two_lengths()
+    choose_computation(policy, first, G, task.max_length, trains=True, reference=reference)
     with autocast(device):
         freeze_unused(policy, {"text": join_prompts(model, [task.prompts.first().prompt])})
     millions = sum(p.numel() for p in model.parameters()) / 1e6

@@ -43,8 +43,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common.captions import image_root, load_image, read_captions
 from common.corrections import CORRECTIONS, correct_scores
-from common.recording import layer_list, observe_attention
-from common.records import BadRecord, fail, fingerprint
+from common.recording import RecordedLayers, layer_list, observe_attention
+from common.records import BadRecord, fingerprint
 from common.stage import (
     make_parser,
     map_records,
@@ -62,7 +62,7 @@ from common.vlm import (
     encode_responses,
     join_prompts,
     load_vlm,
-    token_logps,
+    response_logps,
 )
 from report.dependency import attention_record, print_listing, visual_grid, write_dependency_page
 
@@ -135,15 +135,13 @@ def attention_mass(query, key, mask, scaling, visual, text, chunk=256, cells=Non
 class Scorer:
     """Computes equation (1) by observing attention in a forward pass; the model is not modified.
 
-    layers: indices from 0; by default the upper-middle, the third quarter. ablation: also compute
-    the log-prob gain of the image. Without it, layers above the last chosen one are not run.
+    layers: indices from 0; see RecordedLayers. ablation: also compute the log-prob gain of the
+    image. Without it, layers above the last chosen one are not run.
     """
 
     def __init__(self, model, processor, layers=None, ablation=False):
-        n = len(model.get_decoder().layers)
-        self.layers = layers or range(n // 2, max(n // 2 + 1, n * 3 // 4))
-        if max(self.layers) >= n:
-            fail(f"--layers: the decoder has layers 0 to {n - 1}")
+        self.recorded = RecordedLayers(model, layers)
+        self.layers = self.recorded.chosen
         self.model = model
         self.processor = processor
         self.ablation = ablation
@@ -157,6 +155,7 @@ class Scorer:
             images.append(Image.new("RGB", image.size, (127, 127, 127)))
         room = ids.shape[1]
         prompts = [encode_prompt(self.model, self.processor, prompt, [i], room) for i in images]
+        self.recorded.check_length(prompts[0]["input_ids"].shape[1] + room)
         return prompts, ids[0], offsets[0]
 
     @torch.no_grad()
@@ -167,6 +166,8 @@ class Scorer:
         those of the S tokens. gains: S log-prob gains of the image in nats, or None. offsets: S
         character spans. cells: (S, V), each visual token's part in the d_vis of each token.
         """
+        if self.recorded.alone and len(prepared) > 1:
+            return [self([caption], maps)[0] for caption in prepared]
         prompts, ids, all_offsets = zip(*prepared)
         mask = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)
         mask = mask.to(self.model.device)
@@ -204,13 +205,7 @@ class Scorer:
             self.cells = torch.zeros(shape, device=ids.device)
         with observe_attention(self.model, self.layers, self._add_layer, self.ablation):
             hidden = self.model.model(**batch, use_cache=False).last_hidden_state
-        if not self.ablation:
-            return None
-
-        hidden = hidden[:, -ids.shape[1] - 1 : -1]
-        # one caption at a time, as its logits are S x vocabulary
-        captions = zip(hidden.split(1), ids.split(1))
-        return torch.cat([token_logps(self.model.lm_head(h), i) for h, i in captions])
+        return response_logps(self.model, hidden, ids) if self.ablation else None
 
     def _add_layer(self, query, key, mask, scaling):
         mass = attention_mass(query, key, mask, scaling, self.visual, self.text, cells=self.cells)
@@ -289,7 +284,7 @@ def start_scoring(args, root, rank, device):
     model, processor = load_vlm(args.model, device, args.trust_remote_code)
     scorer = Scorer(model, processor, args.layers, args.ablation)
     if rank == 0:
-        print(f"{args.model} on {device}: layers {list(scorer.layers)}")
+        print(f"{args.model} on {device}: {scorer.recorded}")
 
     def prepare(item):
         record, has_map = item

@@ -16,7 +16,9 @@ from benchmarks.extraction import final_answer
 from benchmarks.registry import BENCHMARKS, kind_of
 from benchmarks.tsv import load_images, parse_list, question_text, read_tsv, rotations
 from common.captions import load_image
+from common.exactness import choose_computation
 from common.policy import Policy, generate
+from common.prompts import two_lengths
 from common.records import BadRecord, fail, fingerprint, write_json
 from common.results import evaluate_records, other_image, print_scores, read_predictions
 from common.vlm import chat_prompt, encode_prompt, load_vlm
@@ -142,6 +144,15 @@ class Examiner:
                 prompts[condition] = (len(shown), self._encode(text, shown))
         return prompts
 
+    def check(self, records):
+        """Has the policy choose its computation, from the first records."""
+
+        def encode(record):
+            text = question_text(record, self.benchmark.ending)
+            return self._encode(text, self.load(record["image"]))
+
+        choose_computation(self.policy, two_lengths(encode, records))
+
     def _encode(self, text, images):
         prompt = chat_prompt(self.thread_processor, text, len(images))
         return encode_prompt(self.model, self.thread_processor, prompt, images, self.max_new_tokens)
@@ -221,6 +232,7 @@ def run_benchmark(args, root, rank, device):
 
     def start():
         examiner = Examiner(args, device, benchmark, conditions, load, image_names)
+        examiner.check([record for _, record in records if isinstance(record, dict)])
         return examiner.prepare, examiner.process
 
     by_index = {record["index"]: record for _, record in records if isinstance(record, dict)}

@@ -5,42 +5,27 @@ KV cache, graph and all, starts the rollout and is used again when the completio
 completions of a group lie side by side in one row, each masked from the others, so the cache is
 never copied. The gradient is that of the plain computation, vision tower included, for P + G S
 tokens instead of G (P + S). Prior art: Prefix Grouper (2506.05433), Tree Training (2511.00413).
+
+This holds for softmax attention over the whole sequence. common/exactness.py checks it at load;
+where it does not hold, common/plain.py takes over.
 """
 
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import DynamicCache
 
-from common.vlm import join_prompts, response_positions, token_logps
+from common.attention import attention_spans, use_grouped_attention
+from common.plain import plain_logps, plain_sample
+from common.vlm import join_prompts, language_head, response_positions, token_logps
 
 # fp32 logits exist for so many tokens at a time
-LOGITS_CHUNK = 1024
-
-
-def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """sdpa without the copies of keys and values that transformers makes at every step.
-
-    query (B, H, n, d), key and value (B, H_kv, m, d), mask (B, 1, n, m), or repeated already to
-    (B, 1, H / H_kv * n, m). Heads that share a key become rows. Returns (B, n, H, d).
-    """
-    if attention_mask is None:
-        # causal, without padding: torch shares the keys itself
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **kwargs)
-    B, H, n, d = query.shape
-    rows = query.reshape(B, key.shape[1], -1, d)  # (B, H_kv, H / H_kv * n, d)
-    repeats = rows.shape[2] // attention_mask.shape[2]
-    if repeats > 1:
-        attention_mask = attention_mask.repeat(1, 1, repeats, 1)
-    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.view(B, H, n, d).transpose(1, 2).contiguous(), None
+LOGITS_CHUNK = 256
 
 
 class Medium(NamedTuple):
@@ -76,13 +61,15 @@ class Policy(nn.Module):
 
     def __init__(self, model, processor, temperature=1.0, guidance=1.0):
         super().__init__()
-        AttentionInterface.register("grouped", grouped_attention)
-        AttentionMaskInterface.register("grouped", sdpa_mask)
-        model.set_attn_implementation({"text_config": "grouped"})
+        use_grouped_attention(model)
         self.model = model
         self.processor = processor
         self.temperature = temperature
         self.rollout_seconds = 0.0
+        # a prompt and its completion of more tokens than this are computed plainly
+        self.shared_limit = min(filter(None, attention_spans(model)), default=math.inf)
+        # whether plain decoding keeps a cache
+        self.uses_cache = True
 
         text = model.config.get_text_config()
         key_heads = text.num_key_value_heads or text.num_attention_heads
@@ -94,9 +81,10 @@ class Policy(nn.Module):
         names = ("image_token_id", "video_token_id", "vision_start_token_id")
         # an image token would ask for pixels (trl#3847)
         banned = [getattr(model.config, name, None) for name in names]
-        banned = [token for token in banned if token is not None]
+        # Mllama has no logit for it
+        banned = [i for i in banned if i is not None and i < model.lm_head.out_features]
         embed = model.get_input_embeddings()
-        self.media = {"text": Medium(embed, model.lm_head, None, eos, banned)}
+        self.media = {"text": Medium(embed, language_head(model), None, eos, banned)}
         if hasattr(model, "prepare_embeddings_for_image_generation"):
             embed = model.prepare_embeddings_for_image_generation
             length = model.config.vision_config.num_image_tokens
@@ -124,6 +112,13 @@ class Policy(nn.Module):
         prompt is short, and is repeated.
         """
         began = time.time()
+        length = (uniforms if ids is None else ids).shape[1]
+        if medium == "text" and not self.shares_prompt(batch["input_ids"].shape[1] + length):
+            if ids is None:
+                ids, mask = plain_sample(self, batch.prompts, uniforms)
+                self.rollout_seconds = time.time() - began
+            return ids, mask, *plain_logps(self, batch.prompts, ids, mask)
+
         rows = self.media[medium].rows
         if self.media[medium].length:
             batch = repeat_prompts(batch, group)
@@ -134,6 +129,7 @@ class Policy(nn.Module):
         if ids is None:
             # autocast keeps its casts of weights: the first one must not be under no_grad
             self.logits(prompt_end, medium)
+            self.media[medium].embed(torch.zeros_like(batch["input_ids"][:, :1]))
             ids, mask = self.sample(batch, prompt_end, cache, uniforms, medium)
             self.rollout_seconds = time.time() - began
 
@@ -149,6 +145,10 @@ class Policy(nn.Module):
             hidden = torch.cat([hidden, later.reshape(len(hidden), S, -1)], 1)
         logps, entropy = self.token_logps(hidden, ids, medium)
         return ids, mask, logps, entropy
+
+    def shares_prompt(self, tokens):
+        """Whether completions may share their prompt, if it has `tokens` with one of them."""
+        return tokens <= self.shared_limit
 
     def prefill(self, batch):
         """One pass over B prompts: last hidden states (B, 1, D) and the cache, graph and all."""
@@ -202,12 +202,16 @@ class Policy(nn.Module):
         return mask[..., :columns].masked_fill_(~visible, float("-inf"))
 
     def logits(self, hidden, medium="text"):
-        """(N, ..., D) -> (N / rows, ..., vocabulary) in fp32, guided, divided by the temperature.
+        """Hidden states (N, ..., D) to logits (N / rows, ..., vocabulary) in fp32."""
+        return self.shape_logits(self.media[medium].head(hidden), medium)
+
+    def shape_logits(self, logits, medium="text"):
+        """(N, ..., vocabulary) -> (N / rows, ...) in fp32, guided, divided by the temperature.
 
         Policy, old and reference log-probs are divided alike (trl#3029).
         """
         medium = self.media[medium]
-        logits = medium.head(hidden).float()
+        logits = logits.float()
         if medium.rows == 2:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + medium.guidance * (conditional - unconditional)
@@ -220,24 +224,25 @@ class Policy(nn.Module):
 
         fp32 logits exist for LOGITS_CHUNK tokens at a time, in the backward pass too.
         """
+        entropies = {}
 
-        def chunk_logps(hidden, ids):
+        def chunk_logps(chunk, hidden, ids):
             logits = self.logits(hidden, medium)[0]
-            with torch.no_grad():
-                p = logits.softmax(-1)
-                entropy = -(p * p.clamp(min=1e-30).log()).sum(-1)
-            return token_logps(logits[None], ids[None])[0], entropy
+            if chunk not in entropies:
+                # only now, and not again in the backward pass
+                with torch.no_grad():
+                    entropies[chunk] = torch.special.entr(logits.softmax(-1)).sum(-1)
+            return token_logps(logits[None], ids[None])[0]
 
         # (rows, B*G*S, D)
         rows = self.media[medium].rows
         hidden_chunks = hidden.reshape(rows, ids.numel(), -1).split(LOGITS_CHUNK, 1)
         ids_chunks = ids.flatten().split(LOGITS_CHUNK)
-        chunks = [
+        logps = [
             checkpoint(chunk_logps, *chunk, use_reentrant=False)
-            for chunk in zip(hidden_chunks, ids_chunks)
+            for chunk in zip(range(len(ids_chunks)), hidden_chunks, ids_chunks)
         ]
-        logps, entropies = zip(*chunks)
-        return torch.cat(logps).view_as(ids), torch.cat(entropies).view_as(ids)
+        return torch.cat(logps).view_as(ids), torch.cat(list(entropies.values())).view_as(ids)
 
     @torch.no_grad()
     def sample(self, batch, hidden, cache, uniforms, medium="text"):
@@ -262,7 +267,7 @@ class Policy(nn.Module):
         mask = []
         unfinished = torch.ones(B, group, dtype=torch.bool, device=hidden.device)
         for s in range(length):
-            token = self._sample_token(self.logits(hidden, medium), uniforms[..., s])
+            token = self.sample_token(self.logits(hidden, medium), uniforms[..., s])
             ids.append(token)
             mask.append(unfinished.long())
             unfinished = unfinished & ~torch.isin(token, stop_ids)
@@ -274,12 +279,13 @@ class Policy(nn.Module):
             hidden = self.extend(batch, cache, tokens, position, visible, medium)
         return torch.stack(ids, -1).flatten(0, 1), torch.stack(mask, -1).flatten(0, 1)
 
-    def _sample_token(self, logits, uniforms):
+    def sample_token(self, logits, uniforms):
         """Token ids (B, G) of logits (B, 1 or G, vocabulary) and uniforms (B, G)."""
         B, group = uniforms.shape
         if not self.temperature:
             return logits.argmax(-1).expand(B, group)
-        cdf = logits.softmax(-1).cumsum(-1)
+        p = logits.softmax(-1)
+        cdf = p.cumsum(-1)
         total = cdf[..., -1:]
         # or rounding would run off the end
         below_total = torch.nextafter(total, torch.zeros_like(total))
@@ -287,6 +293,9 @@ class Policy(nn.Module):
         threshold = torch.minimum(threshold, below_total)
         token = torch.searchsorted(cdf, threshold, right=True)
         token = token.clamp(max=cdf.shape[-1] - 1)  # NaN: any token
+        # a sum in parallel may step where p is 0, as of a banned id: then the likeliest token
+        is_possible = p.gather(-1, token) > 0
+        token = torch.where(is_possible, token, p.argmax(-1, keepdim=True))
         return token.reshape(B, group)
 
 
@@ -314,9 +323,11 @@ def decode(processor, ids, mask):
 def generate(policy, processor, prompts, max_new_tokens):
     """The texts of one completion for each prompt of encode_prompt(); greedy at temperature 0."""
     batch = join_prompts(policy.model, prompts)
-    prompt_end, cache = policy.prefill(batch)
     uniforms = torch.zeros(len(prompts), max_new_tokens)
-    ids, mask = policy.sample(batch, prompt_end, cache, uniforms)
+    if policy.shares_prompt(batch["input_ids"].shape[1] + max_new_tokens):
+        ids, mask = policy.sample(batch, *policy.prefill(batch), uniforms)
+    else:
+        ids, mask = plain_sample(policy, prompts, uniforms)
     return decode(processor, ids, mask)
 
 

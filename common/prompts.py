@@ -1,5 +1,6 @@
 """The prompts of a training step: records in a fixed order, encoded, this rank's share of them."""
 
+import contextlib
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -16,6 +17,23 @@ class Example:
     record: dict
     image: object  # PIL
     prompt: dict  # of encode_prompt()
+
+
+def two_lengths(encode, records, among=8):
+    """The prompt of the first usable record, and the first of another length if there is one.
+
+    encode(record) -> encode_prompt(), or raises BadRecord. Only `among` records are tried.
+    """
+    prompts = []
+    for record in records[:among]:
+        with contextlib.suppress(BadRecord):
+            prompt = encode(record)
+            # one with other tensors, as without an image, cannot share its pass
+            if not prompts or prompt.keys() == prompts[0].keys():
+                prompts.append(prompt)
+        if prompts and prompts[-1]["input_ids"].shape != prompts[0]["input_ids"].shape:
+            return [prompts[0], prompts[-1]]
+    return prompts[:1]
 
 
 class Prompts:
@@ -45,6 +63,10 @@ class Prompts:
     def first(self):
         """The first Example that can be used."""
         return self.example(self.places[0], 0)
+
+    def two_lengths(self):
+        """One or two of the first encoded prompts, of different lengths if there are two."""
+        return two_lengths(lambda record: self.encode(self.places[0], record).prompt, self.records)
 
     def example(self, place, index):
         """The Example of record `index`, or of the next one that can be used."""

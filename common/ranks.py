@@ -61,6 +61,12 @@ def broadcast(value):
     return value
 
 
+def print_once(line):
+    """Prints a line, on rank 0 only."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(line)
+
+
 def gather(value):
     """The values that all ranks passed, in the order of ranks, on every rank."""
     values = [value]

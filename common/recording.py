@@ -1,10 +1,57 @@
-"""Parsing --layers, and observing the queries and keys of decoder layers in a forward pass."""
+"""Which decoder layers are recorded, and observing their queries and keys in a forward pass."""
 
 import contextlib
 
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from common.attention import attention_spans
+from common.records import BadRecord, fail
+
+
+class RecordedLayers:
+    """The layers whose attention is recorded: `chosen`, indices from 0.
+
+    Only softmax attention over a whole sequence, image and caption, can be shared out among them.
+    By default the upper-middle of the layers that have it, their third quarter. In a family whose
+    layers all see a window, they are used for sequences of at most `limit` tokens.
+    alone: whether captions run one by one, as padding could reach the state of other layers.
+    """
+
+    def __init__(self, model, chosen=None):
+        family = model.config.model_type
+        spans = attention_spans(model)
+        self.alone = 0 in spans
+        self.limit = max(spans)
+        usable = [i for i, span in enumerate(spans) if span and span == self.limit]
+        if getattr(model.config.get_text_config(), "cross_attention_layers", None):
+            fail(f"{family} reads images by cross-attention, in no sequence with text: no D_vis")
+        if not usable:
+            fail(f"{family} has no layer with softmax attention over image and caption: no D_vis")
+
+        n = len(usable)
+        self.chosen = chosen or usable[n // 2 : max(n // 2 + 1, n * 3 // 4)]
+        if max(self.chosen) >= len(spans):
+            fail(f"--layers: the decoder has layers 0 to {len(spans) - 1}")
+        if not set(self.chosen) <= set(usable):
+            names = ", ".join(map(str, usable))
+            fail(f"--layers: of {family}, only these attend to all of image and caption: {names}")
+        self.are_all = n == len(spans)
+
+    def check_length(self, tokens):
+        """Raises BadRecord for a sequence of more tokens than the layers see."""
+        if tokens > self.limit:
+            raise BadRecord(
+                f"image and caption, {tokens} tokens, exceed the {self.limit} that the model's "
+                "layers see: lower --max-pixels or shorten the caption"
+            )
+
+    def __str__(self):
+        names = f"layers {list(self.chosen)}"
+        if self.are_all:
+            return names
+        return f"{names}, of those that attend to all of image and caption"
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ def load_vlm(name, device, trust_remote_code=False, dtype=None):
         )
     except Exception as error:
         # transformers, tokenizers, safetensors and torch each raise their own for a broken file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
         fail(f"{name} cannot be loaded as a vision-language model: {reason}")
     _check_parts(name, model, processor)
     return model.to(device).eval(), processor
@@ -91,9 +91,15 @@ def encode_prompt(model, processor, prompt, images, room=0):
         # an image of 1000 x 1 pixels, a video token in the text
         raise BadRecord(f"the processor refuses it ({error})") from None
 
+    # what the processors of Gemma3 and Aya Vision write where the prompt has their image token
+    token = processor.tokenizer.convert_ids_to_tokens(model.config.image_token_id)
+    if token != processor.image_token and token in prompt:
+        raise BadRecord(f"the text contains the image token {token}")
     length = encoded["input_ids"].shape[1]
     visual = int((encoded["input_ids"] == model.config.image_token_id).sum())
     limit = model.config.get_text_config().max_position_embeddings
+    # of PaliGemma, which makes them of a caption that it is not given
+    encoded.pop("labels", None)
     if images and not visual:
         raise BadRecord("no visual tokens: does this checkpoint's chat template place images?")
     if length + room > limit:
@@ -104,14 +110,21 @@ def encode_prompt(model, processor, prompt, images, room=0):
     return encoded
 
 
+class Batch(dict):
+    """Model inputs of B prompts; `prompts` are the same as encode_prompt() returned them."""
+
+    prompts: list
+
+
 def join_prompts(model, prompts):
-    """Model inputs of B prompts of encode_prompt(), on the model's device.
+    """The Batch of B prompts of encode_prompt(), on the model's device.
 
     Texts are left-padded and pixel tensors zero-padded, as the families' own processors do.
     Returns input_ids and attention_mask (B, P), the family's pixel tensors, and position_ids
     (B, P), or (3, B, P) for the M-RoPE of Qwen-VL.
     """
-    batch = {}
+    batch = Batch()
+    batch.prompts = prompts
     for name in prompts[0]:
         tensors = [_pad_to_largest(model, name, prompt[name], prompts) for prompt in prompts]
         batch[name] = torch.cat(tensors).to(model.device)
@@ -131,7 +144,7 @@ def join_prompts(model, prompts):
 
 def _pad_to_largest(model, name, tensor, prompts):
     """`tensor`, padded in all but its first dimension to the largest of that name."""
-    is_text = name in ("input_ids", "attention_mask", "mm_token_type_ids")
+    is_per_token = all(p[name].shape[:2] == p["input_ids"].shape for p in prompts)
     value = 0
     if name == "input_ids":
         value = model.config.get_text_config().pad_token_id or 0
@@ -140,7 +153,8 @@ def _pad_to_largest(model, name, tensor, prompts):
     for dimension in range(tensor.ndim - 1, 0, -1):  # F.pad wants the last dimension first
         largest = max(prompt[name].shape[dimension] for prompt in prompts)
         gap = largest - tensor.shape[dimension]
-        padding += [gap, 0] if is_text else [0, gap]
+        is_left = is_per_token and dimension == 1
+        padding += [gap, 0] if is_left else [0, gap]
     return F.pad(tensor, padding, value=value)
 
 
@@ -151,6 +165,13 @@ def encode_prompts(model, processor, prompts, images, room=0):
 
 
 # ---------------------------------------------------------------- responses
+
+
+def ids_of_images(processor):
+    """The set of token ids that stand for images; some families write others than they read."""
+    # Janus's processor knows the token, but not its id
+    ids = {processor.tokenizer.convert_tokens_to_ids(processor.image_token)}
+    return ids.union(getattr(processor, "image_token_ids", None) or ()) - {None}
 
 
 def encode_responses(processor, texts, device, eos=None):
@@ -164,9 +185,10 @@ def encode_responses(processor, texts, device, eos=None):
         encoded = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         if not text or not encoded.input_ids:
             raise BadRecord("the text is empty")
-        # Janus's processor knows the token, but not its id
-        if processor.tokenizer.convert_tokens_to_ids(processor.image_token) in encoded.input_ids:
-            raise BadRecord(f"the text contains the image token {processor.image_token}")
+        image_tokens = ids_of_images(processor).intersection(encoded.input_ids)
+        if image_tokens:
+            token = processor.tokenizer.convert_ids_to_tokens(min(image_tokens))
+            raise BadRecord(f"the text contains the image token {token}")
         ids = list(encoded.input_ids)
         if eos is not None:
             ids.append(eos)
@@ -201,9 +223,31 @@ def append_responses(batch, ids, mask):
         "position_ids": response_positions(batch["position_ids"], ids.shape[1]),
     }
     joined = dict(batch)
+    if "cross_attention_mask" in batch:
+        # (B, P, images, tiles) of Mllama: a response sees what the end of its prompt sees
+        end = batch["cross_attention_mask"][:, -1:]
+        responses["cross_attention_mask"] = end.expand(-1, ids.shape[1], -1, -1)
     for name, response in responses.items():
-        joined[name] = torch.cat([batch[name], response.to(batch[name].dtype)], -1)
+        dimension = 1 if name == "cross_attention_mask" else -1
+        joined[name] = torch.cat([batch[name], response.to(batch[name].dtype)], dimension)
     return joined
+
+
+def language_head(model):
+    """Hidden states to logits, as the model's own forward() has it."""
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if cap is None:
+        return model.lm_head
+    return lambda hidden: cap * torch.tanh(model.lm_head(hidden) / cap)
+
+
+def response_logps(model, hidden, ids):
+    """Log-probs (B, S) in nats of responses, from hidden states (B, N, D) that end with theirs."""
+    head = language_head(model)
+    hidden = hidden[:, -ids.shape[1] - 1 : -1]
+    # one at a time, as its logits are S x vocabulary
+    responses = zip(hidden.split(1), ids.split(1))
+    return torch.cat([token_logps(head(h), i) for h, i in responses])
 
 
 def token_logps(logits, ids):

@@ -23,6 +23,7 @@ import torch
 from common.captions import image_root
 from common.drawing_prompts import load_prompts
 from common.drawings import require_drawing
+from common.exactness import choose_computation
 from common.masks import load_masks
 from common.policy import Policy, freeze_unused
 from common.ranks import setup_distributed
@@ -156,6 +157,11 @@ def main():
     if "image" in policy.media:
         # the VQ-VAE turns codes into pixels, and is no part of the policy
         policy.model.model.vqmodel.requires_grad_(False)
+    for task in tasks:
+        if task.medium == "text":
+            G = args.group_size if args.objective == "grpo" else 1
+            prompts = task.prompts.two_lengths()
+            choose_computation(policy, prompts, G, task.max_length, True, reference)
     first = {
         task.medium: join_prompts(policy.model, [task.prompts.first().prompt]) for task in tasks
     }

@@ -14,7 +14,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 
 import pytest  # noqa: E402 (the lines above only work before torch and transformers are imported)
 import torch  # noqa: E402
-from tiny import build  # noqa: E402
+from tiny import FAMILIES, build  # noqa: E402
+from tiny_more import build_more  # noqa: E402
 
 torch.set_num_threads(2)
 CHROMIUM = Path("/usr/bin/chromium")
@@ -30,7 +31,8 @@ def checkpoint(tmp_path_factory):
 
     def get(family):
         if family not in built:
-            built[family] = build(family, tmp_path_factory.mktemp("tiny") / family)
+            make = build if family in FAMILIES else build_more
+            built[family] = make(family, tmp_path_factory.mktemp("tiny") / family)
         return built[family]
 
     return get

@@ -325,7 +325,6 @@ def build(family, folder, seed=0):
 
     The same seed gives the same weights.
     """
-    folder = Path(folder)
     tokenizer = tokenizer_of(family)
     # the caller's random numbers do not depend on what was built before
     with torch.random.fork_rng(devices=[]):
@@ -335,10 +334,16 @@ def build(family, folder, seed=0):
     if family == "idefics3":
         # released checkpoints may end on any of several ids: idefics3 stands for those
         eos = [eos, tokenizer.convert_tokens_to_ids("<|end_of_text|>")]
-    model.generation_config.eos_token_id = eos
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return save(model, processor_of(family, tokenizer), folder, eos)
+
+
+def save(model, processor, folder, eos=None):
+    """Writes a checkpoint to `folder` and returns it; eos: the id or ids that end a text."""
+    folder = Path(folder)
+    model.generation_config.eos_token_id = eos or processor.tokenizer.eos_token_id
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     model.save_pretrained(folder)
-    processor_of(family, tokenizer).save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
 
 

@@ -421,7 +421,8 @@ def test_the_prompt_holds_hint_options_and_request(run, tmp_path, monkeypatch):
         "Hint: It glows.\nQuestion: Which?\nOptions:\nA. red\nB. blue\n"
         "Please select the correct answer from the options above."
     )
-    assert texts == [(1, prompt), (0, prompt)]
+    # once more at load, to check the computation
+    assert texts == [(1, prompt), (1, prompt), (0, prompt)]
 
 
 def test_mmbench_is_asked_in_rotations(run, tmp_path, always_b):

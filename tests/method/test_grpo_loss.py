@@ -64,11 +64,22 @@ def test_garbage_at_padding_reaches_neither_loss_nor_gradient():
     assert logps.grad.tolist() == [[2.0, 0.0]]
 
 
-def test_log_ratios_are_kept_within_20_nats():
+def test_log_ratios_are_kept_below_20_nats():
     far = T([[-1000.0]])
     objective, kl, _ = objective_of(T([[0.0]]), far, T([-1.0]), beta=1.0, ref=-far)
     assert objective.isfinite().all()
     assert kl.item() == pytest.approx(exp(20) - 21, rel=1e-5)
+
+
+def test_a_policy_far_above_its_reference_is_still_pulled_back():
+    """30 nats above: exp(-30) - (-30) - 1 = 29, whose slope is 1. Padding has none."""
+    logps = T([[0.0, 0.0]], requires_grad=True)
+    ref = T([[-30.0, -1000.0]])
+    mask = T([[1, 0]])
+    _, kl, _ = objective_of(logps, logps.detach(), T([0.0]), mask, beta=1.0, ref=ref)
+    kl.sum().backward()
+    assert kl[0].tolist() == pytest.approx([29, 0])
+    assert logps.grad[0].tolist() == pytest.approx([1, 0])
 
 
 def test_the_loss_is_zero_and_its_gradient_is_not_with_one_update_per_rollout():

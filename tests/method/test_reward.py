@@ -176,6 +176,11 @@ def test_pmi_over_images_by_hand():
     assert pmi_over_images(score, with_itself).item() == expected
 
 
+def test_without_any_other_image_the_pmi_is_one_half_and_not_nan():
+    alone = torch.full((2, 3, 1), -math.inf)
+    assert pmi_over_images(torch.randn(2, 3), alone).tolist() == [[0.5] * 3] * 2
+
+
 def test_text_that_fits_every_image_gets_one_half_and_a_bonus_of_the_text_cancels():
     score = torch.tensor([[3.0, -1.0]])
     others = torch.tensor([[[3.0] * 5, [2.0, -3.0, 0.5, 1.0, -9.0]]])

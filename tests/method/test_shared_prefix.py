@@ -225,6 +225,27 @@ def test_logits_in_chunks_give_what_all_at_once_give_and_never_exist_together(po
     assert_same_gradients(chunked[2], whole[2])
 
 
+@pytest.mark.parametrize("policy", FAMILIES[:1], indirect=True)
+def test_entropy_is_not_computed_again_in_the_backward_pass(policy, monkeypatch):
+    monkeypatch.setattr(common.policy, "LOGITS_CHUNK", 7)
+    entr = torch.special.entr
+    sizes = []
+
+    def counted(p):
+        sizes.append(len(p))
+        return entr(p)
+
+    monkeypatch.setattr(torch.special, "entr", counted)
+    ids, mask, logps, entropy = policy(encode(policy), G, uniforms())
+    (logps * mask).sum().backward()
+    assert sum(sizes) == ids.numel() and max(sizes) == 7
+    monkeypatch.undo()
+    # of the first tokens, from their logits
+    p = policy.logits(policy.prefill(encode(policy))[0]).softmax(-1)
+    expected = -(p * p.clamp(min=1e-30).log()).sum(-1)
+    assert torch.allclose(entropy.view(2, G, -1)[..., 0], expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("policy", FAMILIES[:3], indirect=True)
 def test_completions_of_one_token_are_scored_by_the_prompt_alone(policy):
     ids = torch.arange(100, 100 + 2 * G)[:, None]
@@ -354,6 +375,27 @@ def test_the_largest_uniform_samples_a_token_that_can_be_sampled(policy):
     ids, mask, logps, _ = policy(encode(policy), G, largest)
     assert not torch.isin(ids, torch.tensor(policy.suppressed_ids)).any()
     assert (logps * mask).isfinite().all()
+
+
+@pytest.mark.parametrize("policy", FAMILIES[:1], indirect=True)
+@pytest.mark.parametrize("step", (1e-7, -1e-7))
+def test_a_sum_that_steps_at_a_banned_id_never_samples_it(policy, monkeypatch, step):
+    """A sum in parallel may be an ulp too high, or too low, anywhere: on CUDA it is."""
+    logits = torch.zeros(1, 3, 8)
+    logits[..., 3] = 1.0
+    logits[..., [2, 5, 7]] = float("-inf")
+    cdf = logits.softmax(-1).cumsum(-1)
+    cdf[..., 2] += step
+    cdf[..., 5] += step
+    cdf[..., 7] += abs(step)
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda *args: cdf)
+    # on the steps at 2, 5 and 7, beside them, and at the ends
+    near = torch.stack([cdf[0, 0, 1], cdf[0, 0, 4], cdf[0, 0, 6]]) / cdf[0, 0, -1]
+    for nudge in (-1e-7, 0.0, 6e-8, 1e-7):
+        tokens = policy.sample_token(logits, (near + nudge).clamp(0, 1 - 2**-24)[None])
+        assert not torch.isin(tokens, torch.tensor([2, 5, 7])).any()
+    tokens = policy.sample_token(logits, torch.tensor([[0.0, 0.5, 0.95]]))
+    assert tokens.tolist() == [[0, 3, 6]]
 
 
 # ---------------------------------------------------------------- the model that is wrapped
