@@ -36,9 +36,9 @@ import time
 import torch
 
 from common.captions import image_root, load_image
-from common.exactness import choose_computation
 from common.masks import load_masks
-from common.policy import Policy, decode, freeze_unused
+from common.policies import load_policies, prepare_policy
+from common.policy import decode
 from common.prompts import Example, Prompts
 from common.ranks import setup_distributed
 from common.records import fail
@@ -48,8 +48,8 @@ from common.stage import make_parser, parse, prefetch, run_script
 from common.step_log import count, log_samples, step_metrics, step_seconds
 from common.training import (
     StepSums,
-    autocast,
     make_optimizer,
+    match_passes,
     pack,
     set_gradient_sync,
     update,
@@ -58,7 +58,7 @@ from common.training import (
     zero_gradients,
 )
 from common.training_flags import add_training_flags, check_training_flags
-from common.vlm import chat_prompt, encode_prompt, encode_responses, join_prompts, load_vlm
+from common.vlm import chat_prompt, encode_prompt, encode_responses, join_prompts
 from reward import FILL_PROMPT, add_reward_flags, advantages, load_reward, target_completion
 
 # ---------------------------------------------------------------- equations (3) to (5)
@@ -132,19 +132,19 @@ def train(policy, reference, tasks, args, run):
     """
     is_sft = args.objective == "sft"
     loss_kind = weighting(args, tasks)
-    net = wrap_for_ranks(policy, run.world)
-    # a rank without prompts runs a copy of the first, only so that DDP's collectives match
-    is_idle = run.rank >= args.prompts_per_step
-    optimizer = make_optimizer(policy, args.lr, shard=args.zero and run.world > 1)
-    run.restore(optimizer)
+    net = wrap_for_ranks(policy, run.world, args.shard)
+    optimizer = make_optimizer(policy, args.lr)
+    run.restore(policy, optimizer)
 
     load_step = functools.partial(micro_batches_of_step, tasks, args, run.rank, run.world)
     for step, micro_batches in zip(run.steps(), prefetch(load_step, run.steps())):
         began = time.time()
+        # with idle passes, of weight 0, where other ranks have more: collectives have to match
+        micro_batches = match_passes(net, micro_batches)
         rollouts = [None] * len(micro_batches)
         n_skipped = 0
         for _ in range(args.updates):
-            zero_gradients(optimizer, run.world)
+            zero_gradients(net, optimizer)
             sums = StepSums()
             for i, (task, examples) in enumerate(micro_batches):
                 set_gradient_sync(net, is_last=i + 1 == len(micro_batches))
@@ -170,15 +170,15 @@ def train(policy, reference, tasks, args, run):
                 else:
                     objective, kl, clipped = grpo_objective(logps, rollout, args)
                 u = token_weights(rollout.mask, loss_kind, task.max_length)
-                loss = -(objective * u).sum() + zero_anchor(net, tasks)
-                (loss * (not is_idle)).backward()
-                if not is_idle:
+                loss = -(objective * u).sum() + zero_anchor(net)
+                (loss * (not examples[0].is_idle)).backward()
+                if not examples[0].is_idle:
                     count(sums, policy, batch, rollout, task, loss, entropy, kl, clipped)
 
-            # 4. One update for the whole step. DDP has averaged over ranks, hence the world.
+            # 4. One update for the whole step. Gradients are means over ranks, hence the world.
             sums = sums.over_ranks()
             N = loss_normaliser(loss_kind, sums["completions"], sums["tokens"])
-            grad_norm, is_finite = update(optimizer, sums["loss"], run.world / N, args)
+            grad_norm, is_finite = update(net, optimizer, sums["loss"], run.world / N, args)
             n_skipped += not is_finite
 
         metrics = step_metrics(step, sums, N, tasks)
@@ -269,7 +269,7 @@ class FillMask:
 def micro_batches_of_step(tasks, args, rank, world, step):
     """[(task, [Example, ...]), ...] of a step, each of at most --tokens-per-forward tokens.
 
-    They are this rank's share; a rank without any gets a prompt, with weight 0.
+    They are this rank's share; a rank without any gets a prompt of weight 0.
     """
     group = 1 if args.objective == "sft" else args.group_size
     micro_batches = []
@@ -278,7 +278,7 @@ def micro_batches_of_step(tasks, args, rank, world, step):
         tokens_of = functools.partial(task.tokens_of, group=group)
         for part in pack(examples, tokens_of, args.tokens_per_forward):
             micro_batches.append((task, part))
-    return micro_batches or [(tasks[0], [tasks[0].prompts.first()])]
+    return micro_batches or [(tasks[0], [tasks[0].prompts.first().as_idle()])]
 
 
 # ---------------------------------------------------------------- flags
@@ -309,27 +309,14 @@ def main():
     if run is None:
         return
 
-    # fp32 master weights: at lr 1e-6 a bf16 weight would round every update away (AReaL PR#1634)
-    name = str(run.checkpoint or args.model)
-    model, processor = load_vlm(name, device, args.trust_remote_code, torch.float32)
-    policy = Policy(model, processor, 1.0 if args.objective == "sft" else args.temperature)
-    reference = None
-    if args.beta and args.objective == "grpo":
-        # in the policy's numerics, or the KL would not start at 0
-        start, _ = load_vlm(args.model, device, args.trust_remote_code, torch.float32)
-        reference = Policy(start.requires_grad_(False), processor, args.temperature)
-
+    policy, reference = load_policies(args, run.checkpoint, device, world)
     records = load_masks(args.data)
     scorer = None
     if args.objective == "grpo":
         scorer = load_reward(args, records, root, policy)
     task = FillMask(args, root, policy, records, range(args.prompts_per_step), scorer)
-    G = args.group_size if args.objective == "grpo" else 1
-    first = task.prompts.two_lengths()
-    choose_computation(policy, first, G, task.max_length, trains=True, reference=reference)
-    with autocast(device):
-        freeze_unused(policy, {"text": join_prompts(model, [task.prompts.first().prompt])})
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    prepare_policy(policy, reference, [task], args)
+    millions = sum(p.numel() for p in policy.parameters()) / 1e6
     run.begin(
         f"{args.objective} on {world} x {device.type}: {millions:.2f}M parameters, "
         f"{len(records)} masks"

@@ -5,8 +5,14 @@ import shutil
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
 
 from common.records import fail
 
@@ -30,15 +36,18 @@ def newest_checkpoint(out):
     return paths[step], step
 
 
-def write_checkpoint(out, step, policy, optimizer):
-    """OUT/checkpoint-<step>, complete or absent: it is written beside its name and renamed."""
+def write_checkpoint(out, step, policy, weights, moments):
+    """OUT/checkpoint-<step>, complete or absent: it is written beside its name and renamed.
+
+    weights, moments: of gather_state().
+    """
     temporary = Path(out, "checkpoint.tmp")
     path = Path(out, f"checkpoint-{step}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        policy.model.save_pretrained(temporary)
+        policy.model.save_pretrained(temporary, state_dict=weights)
         policy.processor.save_pretrained(temporary)
-        state = {"step": step, "optimizer": optimizer.state_dict()}
+        state = {"step": step, "optimizer": moments}
         torch.save(state, temporary / "trainer.pt")
         for file in filter(Path.is_file, temporary.rglob("*")):
             with open(file, "rb") as content:
@@ -71,17 +80,36 @@ def prune_checkpoints(out, keep):
         delete_checkpoint(old)
 
 
-def gather_optimizer(optimizer):
-    """consolidate_state_dict() by all ranks at once: torch's own takes minutes per gigabyte."""
-    state = optimizer.optim.state_dict()
-    on_cpu = {}
-    for index, moments in state["state"].items():
-        on_cpu[index] = {name: tensor.cpu() for name, tensor in moments.items()}
-    state["state"] = on_cpu
+# ---------------------------------------------------------------- what a checkpoint holds
 
-    shards = None
-    if dist.get_rank() == 0:
-        shards = [None] * dist.get_world_size()
-    dist.gather_object(state, shards)
-    if dist.get_rank() == 0:
-        optimizer._all_state_dicts = shards
+
+def gather_state(policy, optimizer):
+    """(weights, the optimizer's state), on the CPU and on rank 0 only; all ranks must call this.
+
+    Both are by parameter name and whole, so that any number of ranks can load them.
+    """
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(policy.model, options=whole)
+    # tied weights were gathered twice, and safetensors would take them for two
+    named = [*policy.model.named_parameters(), *policy.model.named_buffers()]
+    names = {name for name, _ in named}
+    weights = {name: tensor for name, tensor in weights.items() if name in names}
+    return weights, get_optimizer_state_dict(policy.model, optimizer, options=whole)
+
+
+def load_optimizer(policy, optimizer, moments, path):
+    """Gives the optimizer, or a rank's share of it, the moments of gather_state() from `path`."""
+    trained = [name for name, p in policy.model.named_parameters() if p.requires_grad]
+    if moments["param_groups"][0]["params"] != trained:
+        fail(
+            f"{path} is of other parameters than are trained here, or of an earlier version: choose "
+            f"another --out, with --model {path.parent}"
+        )
+    if not moments["state"]:
+        return  # no step was taken before it
+    if any(isinstance(parameter, DTensor) for parameter in policy.parameters()):
+        whole = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(policy.model, optimizer, moments, options=whole)
+    else:
+        # the function above would hold the state of the whole model twice for a while
+        optimizer.load_state_dict(moments)

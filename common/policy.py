@@ -329,16 +329,3 @@ def generate(policy, processor, prompts, max_new_tokens):
     else:
         ids, mask = plain_sample(policy, prompts, uniforms)
     return decode(processor, ids, mask)
-
-
-def freeze_unused(policy, batches):
-    """Freezes parameters that get no gradient, as the norm after some vision towers: DDP would
-    wait for their gradients for ever. batches: {medium: inputs of join_prompts()}."""
-    for medium, batch in batches.items():
-        # any two tokens or codes
-        ids = torch.ones(len(batch["input_ids"]), 2, dtype=torch.long, device=policy.model.device)
-        _, _, logps, _ = policy(batch, 1, ids=ids, mask=torch.ones_like(ids), medium=medium)
-        logps.sum().backward()
-    for parameter in policy.parameters():
-        parameter.requires_grad_(parameter.grad is not None)
-        parameter.grad = None

@@ -1,12 +1,14 @@
 """The prompts of a training step: records in a fixed order, encoded, this rank's share of them."""
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
 from common.records import BadRecord, fail
 from common.training import prompt_order
+
+IDLE = -1  # the place of an Example that only keeps its rank in step with others
 
 
 @dataclass
@@ -17,6 +19,15 @@ class Example:
     record: dict
     image: object  # PIL
     prompt: dict  # of encode_prompt()
+
+    @property
+    def is_idle(self):
+        """Whether this has weight 0."""
+        return self.place == IDLE
+
+    def as_idle(self):
+        """A copy of weight 0."""
+        return replace(self, place=IDLE)
 
 
 def two_lengths(encode, records, among=8):

@@ -16,13 +16,13 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from tqdm import tqdm
 
 from common.checkpoints import (
     checkpoints,
     delete_checkpoint,
-    gather_optimizer,
+    gather_state,
+    load_optimizer,
     newest_checkpoint,
     prune_checkpoints,
     write_checkpoint,
@@ -47,7 +47,7 @@ FREE_SETTINGS = (
     "out",
     "steps",
     "tokens_per_forward",
-    "zero",
+    "shard",
     "resume",
     "save_every",
     "log_every",
@@ -152,16 +152,13 @@ class Run:
             leave=False,
         )
 
-    def restore(self, optimizer):
+    def restore(self, policy, optimizer):
         """Loads the optimizer's state of the checkpoint that is resumed from, if any."""
         if not self.checkpoint:
             return
-        state = torch.load(
-            self.checkpoint / "trainer.pt", map_location="cpu", mmap=True, weights_only=True
-        )
-        optimizer.load_state_dict(state["optimizer"])
-        if isinstance(optimizer, ZeroRedundancyOptimizer):
-            optimizer.state.clear()  # else a second copy of this rank's share stays
+        path = self.checkpoint / "trainer.pt"
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        load_optimizer(policy, optimizer, state["optimizer"], path)
 
     def steps(self):
         """The steps that are left."""
@@ -205,10 +202,9 @@ class Run:
         """Every --save-every steps and at the last: OUT/checkpoint-<step>, and the curves."""
         if step % self.save_every and step != self.last_step:
             return
-        if isinstance(optimizer, ZeroRedundancyOptimizer):
-            gather_optimizer(optimizer)
+        weights, moments = gather_state(policy, optimizer)
         if self.rank == 0:
-            self.checkpoint = write_checkpoint(self.out, step, policy, optimizer)
+            self.checkpoint = write_checkpoint(self.out, step, policy, weights, moments)
             prune_checkpoints(self.out, self.keep)
             draw_curves(self.out)
 

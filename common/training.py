@@ -5,10 +5,12 @@ import functools
 import math
 import random
 import resource
+import warnings
 
 import torch
 from torch import nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from common.ranks import gather
@@ -68,11 +70,50 @@ def pack(examples, tokens_of, budget):
 # ---------------------------------------------------------------- ranks
 
 
-def wrap_for_ranks(policy, world):
-    """The policy, wrapped in DDP if there are several ranks."""
+def wrap_for_ranks(policy, world, shard):
+    """The policy if there is one rank; several hold it whole each (DDP), or a share each (FSDP2)."""
     if world == 1:
         return policy
+    if shard:
+        return shard_over_ranks(policy)
     return DistributedDataParallel(policy, gradient_as_bucket_view=True)
+
+
+def shard_over_ranks(policy):
+    """Leaves each rank a share of the fp32 weights, gradients and optimizer state.
+
+    The first pass of an update gathers the weights, in bf16 on a GPU, and update() drops them:
+    decoding gathers nothing. The gradients of a pass are reduced at once, layer by layer: kept
+    until the last pass, as DDP does, they would take four bytes per parameter on every rank.
+    """
+    precision = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if policy.model.device.type == "cuda":
+        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    # turns codes into pixels between the passes, in fp32
+    vqvae = getattr(policy.model.model, "vqmodel", nn.Module())
+    settings = {"mp_policy": precision, "reshard_after_forward": False}
+
+    # every pass of every rank reaches these layers, in this order, so collectives match. All else
+    # is one group, gathered before them and reduced at the end of the pass
+    for layer in policy.model.get_decoder().layers:
+        fully_shard(layer, **settings)
+    fully_shard(policy, **settings, ignored_params=set(vqvae.parameters()))
+    policy.set_reshard_after_backward(False)
+    # nothing changes the log-probs that it returns in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    return policy
+
+
+def match_passes(net, micro_batches):
+    """Where every pass has collectives, the micro-batches and as many as some rank has more.
+
+    Those are idle: copies of the last one, with weight 0.
+    """
+    if not isinstance(net, FSDPModule):
+        return micro_batches
+    missing = max(gather(len(micro_batches))) - len(micro_batches)
+    task, examples = micro_batches[-1]
+    return micro_batches + [(task, [examples[0].as_idle()])] * missing
 
 
 def set_gradient_sync(net, is_last):
@@ -84,15 +125,20 @@ def set_gradient_sync(net, is_last):
         net.require_backward_grad_sync = is_last
 
 
-def zero_anchor(net, tasks):
-    """0, with a gradient of 0 for every trained parameter where DDP waits for the gradients of all.
+def zero_anchor(net):
+    """0, with a gradient of 0 for every trained parameter in a pass that reduces the gradients.
 
-    A pass of one of several tasks gives the head of the other medium none.
+    All ranks must then have the same ones, and not all passes use all: one of drawing does not use
+    the head of text.
     """
-    is_awaited = isinstance(net, DistributedDataParallel) and net.require_backward_grad_sync
-    if len(tasks) == 1 or not is_awaited:
+    if isinstance(net, DistributedDataParallel):
+        is_reduced = net.require_backward_grad_sync
+    else:
+        is_reduced = isinstance(net, FSDPModule)
+    if not is_reduced:
         return 0.0
-    return sum((0 * p).sum() for p in net.parameters() if p.requires_grad)
+    # the gradient of a sum takes no memory
+    return 0 * sum(p.sum() for p in net.parameters() if p.requires_grad)
 
 
 class StepSums(collections.Counter):
@@ -113,30 +159,34 @@ class StepSums(collections.Counter):
 # ---------------------------------------------------------------- the optimizer
 
 
-def make_optimizer(policy, lr, shard):
-    """AdamW over the trained parameters; shard: its state is shared over the ranks."""
+def make_optimizer(policy, lr):
+    """AdamW over the trained parameters, of each of which a rank may hold a share."""
     trained = [p for p in policy.parameters() if p.requires_grad]
-    settings = {"lr": lr, "betas": (0.9, 0.95), "weight_decay": 0.0}
-    if shard:
-        return ZeroRedundancyOptimizer(trained, torch.optim.AdamW, **settings)
-    return torch.optim.AdamW(trained, **settings)
+    return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
 
 
-def zero_gradients(optimizer, world):
+def zero_gradients(net, optimizer):
     """Before an update. DDP's gradients are views of its buckets: they are zeroed in place."""
-    optimizer.zero_grad(set_to_none=world == 1)
+    optimizer.zero_grad(set_to_none=not isinstance(net, DistributedDataParallel))
 
 
-def update(optimizer, loss_sum, scale, args):
+def update(net, optimizer, loss_sum, scale, args):
     """Multiplies the gradients by `scale`, clips their norm to --max-grad-norm and takes a step.
 
     Returns (gradient norm before clipping, whether a step was taken): where the norm or the loss
     is not finite there is none, and the decision is the same on every rank.
     """
+    for module in net.modules():
+        if isinstance(module, FSDPModule):
+            # the gathered weights are about to be old
+            module.reshard()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter in parameters:
         parameter.grad *= scale
-    norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+    norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    norm = norm.item()
     is_finite = math.isfinite(norm) and math.isfinite(loss_sum)
     if is_finite:
         optimizer.step()

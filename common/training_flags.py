@@ -26,6 +26,7 @@ def add_training_flags(parser):
     add("--beta", type=non_negative, default=0.0, help="weight of the KL (default 0, as RPT)")
     add("--clip-eps", type=non_negative, nargs="+", default=[0.2], help="low [high] (0.2, as RPT)")
     add("--max-grad-norm", type=non_negative, default=1.0, help="(%(default)s: common practice)")
+    add("--freeze", choices=("vision",), help="leave the vision tower out of training")
     add("--max-pixels", type=positive_int, default=1003520, help="per image: 1,280 tokens of 28^2")
     add("--seed", type=int, default=0, help="of data order and sampling (%(default)s)")
 
@@ -36,7 +37,7 @@ def add_training_flags(parser):
     add("--log-every", type=positive_int, default=10, help="steps per printed line (%(default)s)")
     add("--sample-every", type=positive_int, default=10, help="steps per sample (%(default)s)")
     add("--keep", type=positive_int, default=2, help="newest checkpoints to keep (%(default)s)")
-    add("--zero", action="store_true", help="shard optimizer state over ranks (ZeRO-1)")
+    add("--shard", action="store_true", help="a share of weights and optimizer per rank (FSDP2)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
 
 

@@ -18,21 +18,16 @@ The paper (arXiv 2603.27693) trains BAGEL, which draws by flow matching; Janus d
 codes. That, --draw-share, and normalising each component before adding are ours.
 """
 
-import torch
-
 from common.captions import image_root
 from common.drawing_prompts import load_prompts
 from common.drawings import require_drawing
-from common.exactness import choose_computation
 from common.masks import load_masks
-from common.policy import Policy, freeze_unused
+from common.policies import load_policies, prepare_policy
 from common.ranks import setup_distributed
 from common.records import fail
 from common.run import open_run, settings_of
 from common.stage import make_parser, parse, run_script
-from common.training import autocast
 from common.training_flags import add_training_flags, check_training_flags
-from common.vlm import join_prompts, load_vlm
 from grpo_train import train
 from lvrpo.reward import (
     RawSum,
@@ -146,40 +141,15 @@ def main():
     if run is None:
         return
 
-    name = str(run.checkpoint or args.model)
-    policy = load_policy(name, args, device)
-    reference = None
-    if args.beta and args.objective == "grpo":
-        reference = load_policy(args.model, args, device)
-        reference.requires_grad_(False)
-
+    policy, reference = load_policies(args, run.checkpoint, device, world)
     tasks = load_tasks(args, root, policy)
-    if "image" in policy.media:
-        # the VQ-VAE turns codes into pixels, and is no part of the policy
-        policy.model.model.vqmodel.requires_grad_(False)
-    for task in tasks:
-        if task.medium == "text":
-            G = args.group_size if args.objective == "grpo" else 1
-            prompts = task.prompts.two_lengths()
-            choose_computation(policy, prompts, G, task.max_length, True, reference)
-    first = {
-        task.medium: join_prompts(policy.model, [task.prompts.first().prompt]) for task in tasks
-    }
-    with autocast(device):
-        freeze_unused(policy, first)
+    prepare_policy(policy, reference, tasks, args)
     counts = ", ".join(f"{len(task.prompts.records)} for {task.name}" for task in tasks)
     run.begin(f"{args.objective} on {world} x {device.type}: records: {counts}")
     train(policy, reference, tasks, args, run)
     for clip in {getattr(task.scorer, "clip", None) for task in tasks} - {None}:
         clip.report_truncated()
     run.report_done(device, sum(len(task.prompts.bad) for task in tasks))
-
-
-def load_policy(name, args, device):
-    """The Policy of a checkpoint, in fp32: at lr 1e-6 a bf16 weight would lose every update."""
-    model, processor = load_vlm(name, device, args.trust_remote_code, torch.float32)
-    sampling = (1.0, 1.0) if args.objective == "sft" else (args.temperature, args.guidance)
-    return Policy(model, processor, *sampling)
 
 
 if __name__ == "__main__":

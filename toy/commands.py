@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def group_flags(tokens):
-    """{flag: values}: ["--lr", "1e-6", "--zero"] gives {"--lr": ["1e-6"], "--zero": []}."""
+    """{flag: values}: ["--lr", "1e-6", "--shard"] gives {"--lr": ["1e-6"], "--shard": []}."""
     flags = {}
     for token in tokens:
         if token.startswith("--"):

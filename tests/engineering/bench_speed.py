@@ -54,6 +54,7 @@ import torch  # noqa: E402
 from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessor  # noqa: E402
 
 import grpo_train  # noqa: E402
+from common import policies  # noqa: E402
 from common.vlm import (  # noqa: E402
     append_responses,
     chat_prompt,
@@ -157,7 +158,7 @@ class PeakMemory:
 # ---------------------------------------------------------------- GRPO: three contestants
 
 
-class NeverEnds(grpo_train.Policy):
+class NeverEnds(policies.Policy):
     """A policy that cannot sample an eos token."""
 
     def __init__(self, *args):
@@ -196,15 +197,15 @@ class LengthReward:
 def run_loop(policy, folder, side, steps):
     """grpo_train.main() with this policy: (completions per second of every step, peak MiB)."""
     memory = []
-    freeze_unused = grpo_train.freeze_unused
+    prepare_policy = grpo_train.prepare_policy
 
     def when_model_is_loaded(*args):
         memory.append(PeakMemory())
-        return freeze_unused(*args)
+        return prepare_policy(*args)
 
-    grpo_train.Policy = policy
+    policies.Policy = policy
     grpo_train.load_reward = lambda *_: LengthReward()
-    grpo_train.freeze_unused = when_model_is_loaded
+    grpo_train.prepare_policy = when_model_is_loaded
     out = folder / f"run_{os.getpid()}"
     flags = (
         f"--model {folder}/model --data {folder}/masks.jsonl --out {out} --steps {steps} "

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import test_survival
+import torch
 from safetensors.torch import load_file
 from tiny import random_image
 
@@ -131,15 +132,16 @@ def test_a_run_of_both_tasks_learns_from_both(warm, straight):
 # ---------------------------------------------------------------- ranks
 
 
+@pytest.mark.parametrize("shard", ["", "--shard"], ids=["whole", "sharded"])
 def test_ranks_of_different_media_and_an_idle_one_give_the_run_of_one_rank(
-    warm, data, straight, launch, tmp_path
+    warm, data, straight, launch, tmp_path, shard
 ):
     """Of three ranks the first reads, the second draws, and the third has no prompt."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "3"}
-    flags = flags_of(warm, data, tmp_path / "run", "--steps 3")
+    flags = flags_of(warm, data, tmp_path / "run", f"--steps 3 {shard}")
     ranks = []
     for rank in map(str, range(3)):
         env |= {"RANK": rank, "LOCAL_RANK": rank}
@@ -156,6 +158,15 @@ def test_ranks_of_different_media_and_an_idle_one_give_the_run_of_one_rank(
     start = load_file(warm / "model.safetensors")
     moved = distance(start, weights(straight, 3))
     assert distance(weights(straight, 3), weights(tmp_path / "run", 3)) < 0.01 * moved
+
+
+def test_a_frozen_vision_tower_leaves_both_tasks_to_train(warm, data, tmp_path):
+    train(warm, data, tmp_path / "run", "--steps 1 --freeze vision")
+    state = torch.load(tmp_path / "run" / "checkpoint-1" / "trainer.pt", weights_only=True)
+    names = state["optimizer"]["param_groups"][0]["params"]
+    trained = {name.split(".")[1] for name in names if name.startswith("model.")}
+    assert {"aligner", "generation_head", "language_model"} <= trained
+    assert not trained & {"vision_model", "vqmodel"}
 
 
 # ---------------------------------------------------------------- resume

@@ -212,8 +212,8 @@ def test_a_command_names_only_what_its_recipe_does_not_say(tmp_path, monkeypatch
     (tmp_path / "r.txt").write_text("# why\n--lr 1e-6 --steps 5  # a reason\n--reward a=1 b=2\n")
     same = ("--steps", 5, "--reward", "a=1", "b=2")
     assert recipe_command("s.py", "r.txt", *same) == ["s.py", "@r.txt"]
-    other = ("--lr", "2e-6", "--reward", "a=1", "--zero", *same[:2])
-    expected = ["s.py", "@r.txt", "--lr", "2e-6", "--reward", "a=1", "--zero"]
+    other = ("--lr", "2e-6", "--reward", "a=1", "--shard", *same[:2])
+    expected = ["s.py", "@r.txt", "--lr", "2e-6", "--reward", "a=1", "--shard"]
     assert recipe_command("s.py", "r.txt", *other) == expected
     assert group_flags([]) == {}
 

@@ -28,6 +28,7 @@ import torch
 from inputs import scored, shares, write
 from safetensors.torch import load_file
 from tiny import random_image
+from torch.distributed.tensor import DTensor
 
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
@@ -90,9 +91,10 @@ def spoil(calls, rank="0", log=None):
     "gradient"} what has an infinite gradient. log: also writes a hash of the weights before every
     pass to LOG.RANK."""
     import grpo_train
+    from common.policy import Policy
 
     real = grpo_train.grpo_objective
-    forward = grpo_train.Policy.forward
+    forward = Policy.forward
     count = [0]
 
     def spoiled_objective(logps, *more):
@@ -109,14 +111,16 @@ def spoil(calls, rank="0", log=None):
         return objective, *others
 
     def hashed(self, *more, **named):
-        weights = b"".join(p.detach().numpy().tobytes() for p in self.parameters())
+        # of copies: a numpy array would hold on to memory that sharding frees
+        shares = [p.to_local() if isinstance(p, DTensor) else p for p in self.parameters()]
+        weights = b"".join(share.detach().clone().numpy().tobytes() for share in shares)
         with open(f"{log}.{os.environ.get('RANK', '0')}", "a") as f:
             f.write(hashlib.sha256(weights).hexdigest() + "\n")
         return forward(self, *more, **named)
 
     grpo_train.grpo_objective = spoiled_objective
     if log:
-        grpo_train.Policy.forward = hashed
+        Policy.forward = hashed
 
 
 def raise_at(call, rank):
@@ -590,12 +594,13 @@ def test_no_rank_lives_on_when_torchrun_itself_is_killed(training, launch, tmp_p
 # ------------------------------------------------------------------- not finite
 
 
+@pytest.mark.parametrize("shard", [(), ("--shard",)], ids=["whole", "sharded"])
 def test_a_loss_or_gradient_that_is_not_finite_on_one_rank_is_skipped_on_both_and_counted(
-    pair, training, tmp_path
+    pair, training, tmp_path, shard
 ):
     out = tmp_path / "run"
     trap = functools.partial(spoil, {2: "loss", 3: "gradient"}, "1", tmp_path / "hash")
-    ranks = pair("grpo_train", training(out, "--steps", 5), trap, trap)
+    ranks = pair("grpo_train", training(out, "--steps", 5, *shard), trap, trap)
     assert [code for code, _ in ranks] == [0, 0], ranks
     assert "2 updates skipped" in ranks[0][1], ranks
     metrics = metrics_of(out)
@@ -606,10 +611,12 @@ def test_a_loss_or_gradient_that_is_not_finite_on_one_rank_is_skipped_on_both_an
     # of the weights before steps 1 to 5
     zero = (tmp_path / "hash.0").read_text().split()[-5:]
     one = (tmp_path / "hash.1").read_text().split()[-5:]
-    assert zero == one and zero[1] == zero[2] == zero[3] and len(set(zero)) == 3
+    assert shard or zero == one
+    for weights in (zero, one):
+        assert weights[1] == weights[2] == weights[3] and len(set(weights)) == 3
 
     # a resumed run counts on
-    ranks = pair("grpo_train", training(out, "--steps", 6))
+    ranks = pair("grpo_train", training(out, "--steps", 6, *shard))
     assert "2 updates skipped" in ranks[0][1], ranks
 
 

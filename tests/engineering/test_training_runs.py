@@ -3,21 +3,29 @@
 import contextlib
 import io
 import json
-import subprocess
+import os
+import shutil
+import signal
+import socket
 import sys
 from pathlib import Path
 
 import pytest
+import test_survival
 import torch
+from inputs import assert_one_line
 from safetensors.torch import load_file
 from tiny import random_image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
+import common.run
 import grpo_train
+from common import policies
 from common.stage import run_script
 from reward import COMPONENTS, for_each_answer
 
-ROOT = Path(__file__).resolve().parents[2]
+# processes forked off a server that has imported torch, the same for several files
+launch = test_survival.launch
 TINY_RUN = (
     "--prompts-per-step 3 --group-size 6 --max-new-tokens 32 --lr 1e-4 --temperature 1.5 "
     "--reward semantic=1 --log-every 1 --sample-every 1"
@@ -49,12 +57,56 @@ def flags_of(model, data, out, *flags):
     return [flag for text in [*paths, *map(str, flags)] for flag in text.split()]
 
 
-def torchrun(ranks, model, data, out, *flags):
-    """Runs the script on several ranks."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    command = [*launcher, str(ROOT / "grpo_train.py"), *flags_of(model, data, out, *flags)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
+@pytest.fixture
+def run_ranks(launch):
+    """run_ranks(number, model, data, out, *flags, trap) -> the exit codes of the script's ranks.
+
+    trap: called in every rank before the script.
+    """
+
+    def run(number, *paths_and_flags, trap=None):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = str(s.getsockname()[1])
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(number)}
+        ranks = []
+        for rank in map(str, range(number)):
+            env |= {"RANK": rank, "LOCAL_RANK": rank}
+            ranks.append(launch("grpo_train", flags_of(*paths_and_flags), trap, **env))
+        # one that failed has the others wait for it until they notice
+        return [test_survival.ended(*rank, within=240)[0] for rank in ranks]
+
+    return run
+
+
+def draw_no_curves():
+    common.run.draw_curves = lambda out: None
+
+
+def use_sgd():
+    """Plain gradient descent: Adam divides by the root of a tiny number, which magnifies rounding.
+
+    Every completion is rewarded for something, and rewards that differ make gradients.
+    """
+    draw_no_curves()
+    grpo_train.make_optimizer = sgd
+    grpo_train.FillMask.reward = reward_lengths
+
+
+def sgd(policy, lr):
+    return torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=lr)
+
+
+def reward_lengths(task, examples, completions):
+    rewards = [[len(text) * 7 % 13 / 13 for text in group] for group in completions]
+    return {"semantic": torch.tensor(rewards), "format": torch.tensor(rewards)}
+
+
+def die_in_step_3():
+    """A kill of rank 0, one step after a checkpoint."""
+    draw_no_curves()
+    if os.environ["RANK"] == "0":
+        test_survival.die("open", "metrics.jsonl", 3)
 
 
 def train(model, data, out, *flags):
@@ -220,69 +272,152 @@ def test_the_kl_starts_at_0_and_a_resumed_run_keeps_the_first_reference(warm, da
 
 
 @pytest.mark.parametrize(
-    "family, ranks, method, distribution",
-    [
-        ("idefics3", 2, "", "--tokens-per-forward 1"),
-        ("qwen2_5_vl", 2, "--loss dapo --beta 0.05", "--zero"),
-        ("qwen2_5_vl", 4, "", ""),
-    ],
-    ids=["2 ranks, one group per pass", "2 ranks, shared optimizer", "4 ranks, one of them idle"],
+    "family, ranks, method",
+    [("qwen2_5_vl", 2, "--updates 2 --beta 0.05"), ("internvl", 4, "--updates 2")],
+    ids=["2 ranks of unequal numbers of passes", "4 ranks, one of them idle"],
 )
 def test_ranks_and_smaller_micro_batches_give_the_parameters_of_one(
-    warm, data, tmp_path, family, ranks, method, distribution
+    run_ranks, checkpoint, data, tmp_path, family, ranks, method
 ):
     """Three prompts on two ranks make two passes and one; on four, one rank has none."""
-    flags = f"--steps 3 --lr 1e-6 --updates 2 {method}"
-    train(warm(family), data, tmp_path / "one", flags)
-    torchrun(ranks, warm(family), data, tmp_path / "several", flags, distribution)
-    of_one = metrics(tmp_path / "one")
-    if not method:
-        # so that a sum that drops signs shows
-        assert any(record["loss"] < -1e-6 for record in of_one)
-
-    start = load_file(warm(family) / "model.safetensors")
+    model = checkpoint(family)
+    flags = f"--steps 3 --lr 1e-2 {method}"
+    assert run_ranks(1, model, data, tmp_path / "one", flags, trap=use_sgd) == [0]
+    start = load_file(model / "model.safetensors")
     one = weights(tmp_path / "one", 3)
-    several = weights(tmp_path / "several", 3)
-    assert largest_difference(one, several) < 1e-6
-    moved = distance(start, one)
-    apart = distance(one, several)
-    assert moved > 0
-    assert apart < 0.01 * moved
+    assert largest_difference(start, one) > 1e-4
+    of_one = metrics(tmp_path / "one")
+    # so that a sum that drops signs shows
+    assert any(record["loss"] < -1e-6 for record in of_one)
 
-    for a, b in zip(of_one, metrics(tmp_path / "several"), strict=True):
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-        assert a["reward"] == pytest.approx(b["reward"], abs=1e-6)
-        assert a["visual_tokens"] == b["visual_tokens"]
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    for shard in ("", "--shard"):
+        out = tmp_path / f"several{shard}"
+        codes = run_ranks(
+            ranks, model, data, out, flags, shard, "--tokens-per-forward 1", trap=use_sgd
+        )
+        assert codes == [0] * ranks
+        assert largest_difference(one, weights(out, 3)) < 1e-6
+        for a, b in zip(of_one, metrics(out), strict=True):
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+            assert a["reward"] == pytest.approx(b["reward"], abs=1e-6)
+            assert a["visual_tokens"] == b["visual_tokens"]
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
 
 
-def test_a_shared_optimizer_is_saved_whole_and_resumes_on_another_number_of_ranks(
-    warm, data, straight, tmp_path
+def test_a_sharded_run_that_is_killed_resumes_on_any_number_of_ranks(
+    run_ranks, warm, data, straight, tmp_path
 ):
-    out = tmp_path / "run"
-    torchrun(2, warm("idefics3"), data, out, "--steps 2 --save-every 2 --zero")
-    shared, whole = (
-        torch.load(run / "checkpoint-2" / "trainer.pt", weights_only=True)["optimizer"]
-        for run in (out, straight)
-    )
-    assert shared["state"].keys() == whole["state"].keys()
-    assert shared["param_groups"] == whole["param_groups"]
+    """From two ranks on three, and on one that holds the model whole; and from one on two."""
+    killed = tmp_path / "killed"
+    first = (warm("idefics3"), data, killed, "--steps 4 --save-every 2 --shard")
+    codes = run_ranks(2, *first, trap=die_in_step_3)
+    assert codes == [-signal.SIGKILL, 1]
+    assert [path.name for path in killed.glob("checkpoint-*")] == ["checkpoint-2"]
 
-    train(warm("idefics3"), data, out, "--steps 4 --save-every 2")
+    on_one = tmp_path / "on-one"
+    shutil.copytree(killed, on_one)
+    from_one = tmp_path / "from-one"
+    shutil.copytree(straight, from_one)
+    shutil.rmtree(from_one / "checkpoint-4")
+    assert run_ranks(3, *first, trap=draw_no_curves) == [0, 0, 0]
+    train(warm("idefics3"), data, on_one, "--steps 4 --save-every 2")
+    second = (warm("idefics3"), data, from_one, "--steps 4 --save-every 2 --shard")
+    assert run_ranks(2, *second, trap=draw_no_curves) == [0, 0]
+
     start = load_file(warm("idefics3") / "model.safetensors")
     expected = weights(straight, 4)
-    assert distance(weights(out, 4), expected) < 0.01 * distance(start, expected)
+    steps, averages = moments(straight, 4)
+    size = sum(average.square().sum() for average in averages.values()).sqrt()
+    for out in (killed, on_one, from_one):
+        assert distance(weights(out, 4), expected) < 0.01 * distance(start, expected)
+        steps_there, averages_there = moments(out, 4)
+        assert steps_there == steps == {name: 4 for name in averages}
+        assert distance(averages_there, averages) < 0.01 * size
 
 
-def test_ranks_work_on_different_samples(warm, data, tmp_path):
+def trainer_state(out, step):
+    path = out / f"checkpoint-{step}" / "trainer.pt"
+    return torch.load(path, weights_only=True)["optimizer"]
+
+
+def moments(out, step):
+    """Of each parameter, the steps that Adam has taken and its mean gradient."""
+    state = trainer_state(out, step)["state"]
+    steps = {name: moments["step"].item() for name, moments in state.items()}
+    return steps, {name: moments["exp_avg"] for name, moments in state.items()}
+
+
+def test_an_optimizer_of_other_parameters_is_refused_in_one_line(warm, data, straight, tmp_path):
+    """As checkpoints of earlier versions hold it, by number and not by name."""
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    path = out / "checkpoint-4" / "trainer.pt"
+    state = torch.load(path, weights_only=True)
+    names = state["optimizer"]["param_groups"][0]["params"]
+    state["optimizer"]["param_groups"][0]["params"] = list(range(len(names)))
+    torch.save(state, path)
+    with pytest.raises(SystemExit) as error:
+        train(warm("idefics3"), data, out, "--steps 5 --save-every 2")
+    assert_one_line(str(error.value), path, "of an earlier version", f"--model {path.parent}")
+
+
+def test_ranks_work_on_different_samples(run_ranks, warm, data, tmp_path):
     """The same prompts on every rank would halve the data.
 
     With two ranks a step has three prompts, and not two of them twice.
     """
-    torchrun(2, warm("idefics3"), data, tmp_path / "two", "--steps 1")
+    assert run_ranks(2, warm("idefics3"), data, tmp_path / "two", "--steps 1") == [0, 0]
     train(warm("idefics3"), data, tmp_path / "one", "--steps 1")
     tokens = [metrics(tmp_path / name)[0]["completion_tokens"] for name in ("one", "two")]
     assert tokens[0] == tokens[1]
+
+
+# ---------------------------------------------------------------- what is trained
+
+
+@pytest.mark.parametrize(
+    "family, tower, projector",
+    [
+        ("qwen2_5_vl", "model.visual.", "model.visual.merger."),
+        ("idefics3", "model.vision_model.", "model.connector."),
+    ],
+)
+def test_a_frozen_vision_tower_stays_as_it_was_and_is_run_without_a_graph(
+    checkpoint, data, tmp_path, monkeypatch, family, tower, projector
+):
+    """The merger of Qwen-VL is a part of its tower, the connector of Idefics3 is none."""
+    outputs = []
+    policy_of = policies.Policy
+
+    def watched_policy(model, *more):
+        encoder = model.get_encoder(modality="image")
+        encoder.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+        return policy_of(model, *more)
+
+    monkeypatch.setattr(policies, "Policy", watched_policy)
+    flags = "--objective sft --steps 1 --lr 1e-3 --freeze vision"
+    train(checkpoint(family), data, tmp_path / "run", flags)
+
+    assert outputs and not any(output.last_hidden_state.requires_grad for output in outputs)
+    paths = (checkpoint(family), tmp_path / "run" / "checkpoint-1")
+    before, after = (AutoModelForImageTextToText.from_pretrained(path) for path in paths)
+    after = dict(after.named_parameters())
+    moved = {name for name, p in before.named_parameters() if (p != after[name]).any()}
+    names = set(trainer_state(tmp_path / "run", 1)["state"])
+    assert moved and moved <= names
+    assert not any(name.startswith(tower) for name in names)
+    is_in_tower = projector.startswith(tower)
+    assert any(name.startswith(projector) for name in moved) != is_in_tower
+
+
+def test_a_model_without_a_known_vision_tower_is_refused_in_one_line(
+    stage, checkpoint, data, tmp_path, monkeypatch
+):
+    model = checkpoint("idefics3")
+    monkeypatch.setattr(PreTrainedModel, "get_encoder", lambda self, modality=None: self)
+    error, _ = stage(grpo_train, *flags_of(model, data, tmp_path / "run", "--freeze vision"))
+    assert_one_line(error, model, "no vision tower", "leave --freeze vision out")
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 # ---------------------------------------------------------------- objectives and rewards

@@ -17,7 +17,8 @@ import common.vlm
 from common import exactness
 from common.exactness import choose_computation, forward_logps
 from common.plain import plain_logps, plain_sample
-from common.policy import Policy, freeze_unused, generate
+from common.policies import freeze_unused
+from common.policy import Policy, generate
 from common.records import BadRecord
 from common.training import uniforms_of
 from common.vlm import (

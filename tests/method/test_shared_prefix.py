@@ -6,7 +6,8 @@ import torch
 from tiny import FAMILIES, random_image
 
 import common.policy
-from common.policy import Policy, decode, freeze_unused
+from common.policies import freeze_unused
+from common.policy import Policy, decode
 from common.training import uniforms_of
 from common.vlm import append_responses, chat_prompt, encode_prompts, load_vlm, token_logps
 
