@@ -12,7 +12,6 @@ import contextlib
 import math
 
 import torch
-from torch import nn
 
 from common.attention import use_grouped_attention, use_plain_attention
 from common.plain import plain_logps, plain_sample
@@ -125,7 +124,7 @@ def difference(policy, prompts, trains, precisions, sample, score):
 
 
 def compare(policy, prompts, sample, score):
-    """(nats per token, share of the gradient norm) between a computation and forward().
+    """(nats per token, largest share of a gradient norm) between a computation and forward().
 
     Two completions per prompt: the greedy one, whose tokens forward() must find likeliest too, and
     the same with its tokens rotated.
@@ -134,21 +133,21 @@ def compare(policy, prompts, sample, score):
         greedy, _ = sample(policy, prompts, torch.zeros(len(prompts), LENGTH))
     ids = torch.stack([greedy, greedy.roll(1, 1)], 1).flatten(0, 1)
     logps, _ = score(policy, prompts, ids, torch.ones_like(ids))
-    norm = gradient_norm(policy, logps)
 
-    true_norm = 0.0
-    true_logps = []
+    offs = []
     regrets = []
-    for prompt, completions in zip(prompts, ids.split(2)):
-        of_prompt, best = forward_logps(policy, prompt, completions)
-        true_norm = gradient_norm(policy, of_prompt, keep=prompt is not prompts[-1])
-        true_logps.append(of_prompt.detach())
-        regrets.append((best - of_prompt.detach())[0])
+    gradients = []
+    for prompt, completions, ours in zip(prompts, ids.split(2), logps.split(2)):
+        norm = gradient_norm(policy, ours)
+        true, best = forward_logps(policy, prompt, completions)
+        true_norm = gradient_norm(policy, true)
+        offs.append((ours - true).detach().abs())
+        regrets.append((best - true.detach())[0])
+        gradients.append(abs(norm - true_norm) / max(true_norm, 1e-12))
 
-    off = (logps.detach() - torch.cat(true_logps)).abs().mean()
-    regret = torch.cat(regrets).mean()
-    gradient = abs(norm - true_norm) / max(true_norm, 1e-12)
-    return torch.maximum(off, regret).item(), gradient
+    nats = torch.maximum(torch.cat(offs).mean(), torch.cat(regrets).mean())
+    # max() of Python would lose a NaN
+    return nats.item(), torch.tensor(gradients).max().item()
 
 
 def forward_logps(policy, prompt, ids):
@@ -194,16 +193,26 @@ def greedy_without_end(policy):
         policy.temperature = temperature
 
 
-def gradient_norm(policy, logps, keep=False):
-    """Norm of the gradient of all log-probs so far; 0 without a graph. keep: more are to come."""
+def gradient_norm(policy, logps):
+    """Norm of the gradient of these log-probs, whose graph is kept; 0 without a graph.
+
+    A gradient is dropped as soon as it is counted: all at once would take as much memory as the
+    weights, which a run with --shard need not have.
+    """
     if not logps.requires_grad:
         return 0.0
-    logps.sum().backward()
-    gradients = [p.grad for p in policy.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients).item()
-    if not keep:
-        policy.zero_grad(set_to_none=True)
-    return norm
+    squares = []
+
+    def count(parameter):
+        squares.append(parameter.grad.float().square().sum())
+        parameter.grad = None
+
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    hooks = [parameter.register_post_accumulate_grad_hook(count) for parameter in trained]
+    logps.sum().backward(retain_graph=True)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(squares).sum().sqrt().item()
 
 
 def dtype_of(policy):
