@@ -136,9 +136,8 @@ def test_what_changes_in_a_cell_of_the_image_changes_the_token_of_that_cell(chec
         assert rows == columns > 1 and is_whole == (family != "llava_onevision")
 
 
-@pytest.mark.parametrize("family", ("idefics3", "internvl"))
-@torch.no_grad()
-def test_of_an_image_in_tiles_the_overview_is_taken(checkpoint, family):
+def load_with_tiles(checkpoint, family):
+    """A tiny checkpoint whose processor cuts an image into tiles, as the released ones do."""
     model, processor = load_vlm(checkpoint(family), CPU)
     if family == "idefics3":
         tiles = [f"<row_{r}_col_{c}>" for r in (1, 2, 3) for c in (1, 2, 3)]
@@ -149,6 +148,13 @@ def test_of_an_image_in_tiles_the_overview_is_taken(checkpoint, family):
         )
     else:
         processor.image_processor.max_patches = 6
+    return model, processor
+
+
+@pytest.mark.parametrize("family", ("idefics3", "internvl"))
+@torch.no_grad()
+def test_of_an_image_in_tiles_the_overview_is_taken(checkpoint, family):
+    model, processor = load_with_tiles(checkpoint, family)
     rows, columns, first, visual = assert_cells_lie_where_they_say(model, processor, (64, 48))
     assert rows == columns == 2 and first == visual - 4 >= 8
 

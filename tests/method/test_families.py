@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_attention_maps import load_with_tiles
 from test_shared_prefix import TEMPERATURE, TEXTS, assert_same_gradients, present_gradients
 from tiny import FAMILIES, random_image
 from tiny_more import MORE_FAMILIES, WINDOW, changed
@@ -115,6 +116,26 @@ def test_the_plain_computation_is_right_for_those_that_need_it_not(checkpoint, f
     policy = load(checkpoint(family))
     policy.shared_limit = 0
     assert_exact(policy, checkpoint(family))
+
+
+@pytest.mark.parametrize("family", ("idefics3", "internvl"))
+def test_prompts_with_images_in_tiles_are_shared_exactly(checkpoint, family):
+    """The images of the two prompts are cut into tiles and run in one pass."""
+    policy = Policy(*load_with_tiles(checkpoint, family), TEMPERATURE)
+    prompts = encode(policy)
+    tiles = [prompt["pixel_values"].shape[:-3].numel() for prompt in prompts]
+    assert max(tiles) > 3
+    choose_computation(policy, prompts, G, S, trains=True)
+    assert policy.shared_limit == math.inf
+
+    scorer = Scorer(policy.model, policy.processor, [1, 2])
+    results = scorer([scorer.prepare(*pair) for pair in zip(IMAGES, CAPTIONS)])
+    slow, processor = load_with_tiles(checkpoint, family)
+    slow.load_state_dict(policy.model.state_dict())
+    slow.set_attn_implementation("eager")
+    for image, caption, (rows, _, _) in zip(IMAGES, CAPTIONS, results):
+        expected = full_rows(slow, processor, image, caption, [1, 2])
+        assert rows["d_vis"][1:] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_generate_that_would_not_draw_what_it_is_told_is_refused(checkpoint):
