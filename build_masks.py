@@ -27,6 +27,8 @@ out:  JSONL {id, image, masked_caption, answer, sentence, start, end, score, thr
       with [MASK] in its place; score and threshold are in the rule's quantity
 """
 
+from common.script import run_script  # first: the other imports take seconds
+
 import itertools
 import math
 import random
@@ -42,7 +44,6 @@ from common.stage import (
     parse,
     positive_int,
     require_output,
-    run_script,
     setup_distributed,
 )
 from common.stats import spearman

@@ -41,6 +41,8 @@ out:  OUT/predictions.jsonl: {id, image, sentence, start, end, answer, frequency
       OUT/results.html: examples, training curves and the scores
 """
 
+from common.script import run_script  # first: the other imports take seconds
+
 import copy
 import statistics
 
@@ -59,7 +61,7 @@ from common.prompts import two_lengths
 from common.ranks import setup_distributed
 from common.records import BadRecord, fail, fingerprint
 from common.results import evaluate_records, mask_index, other_image, print_scores
-from common.stage import make_parser, parse, positive_int, run_script
+from common.stage import make_parser, parse, positive_int
 from common.stats import share
 from common.text import MASK, phrase_counts
 from common.vlm import chat_prompt, encode_prompt, load_vlm
@@ -281,7 +283,7 @@ def evaluate_masks(args, root, rank, device):
         "max_pixels": args.max_pixels,
         "max_new_tokens": args.max_new_tokens,
         "clip": fingerprint(args.clip) if args.clip else None,
-        "clip_weights": args.clip_weights,
+        "clip_weights": fingerprint(args.clip_weights) if args.clip_weights else None,
         "clip_others": args.clip_others,
     }
     results = evaluate_records(args, rank, records, start, settings, "masks", score_masks)
@@ -310,12 +312,7 @@ def parse_args():
         default=256,
         help="cap of a completion: room for a thought and an answer (%(default)s)",
     )
-    add(
-        "--max-pixels",
-        type=positive_int,
-        default=1003520,
-        help="larger images are shrunk: 1,280 tokens of 28 x 28 pixels (%(default)s)",
-    )
+    add("--max-pixels", type=positive_int, default=1003520, help="per image: 1,280 tokens of 28^2")
     add("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
     add_clip_flags(parser.add_argument_group("image_pmi, only with --clip"), None, None)
 

@@ -29,6 +29,8 @@ Ours: reward components are normalised one by one (reward.py); the prompt of a g
 (common/policy.py). No KL unless --beta is given, as in RPT (arXiv 2506.08007).
 """
 
+from common.script import run_script  # first: the other imports take seconds
+
 import copy
 import functools
 import time
@@ -44,7 +46,7 @@ from common.ranks import setup_distributed
 from common.records import fail
 from common.rollout import Rollout, reference_logps, run_policy
 from common.run import open_run, settings_of
-from common.stage import make_parser, parse, prefetch, run_script
+from common.stage import make_parser, parse, prefetch
 from common.step_log import count, log_samples, step_metrics, step_seconds
 from common.training import (
     StepSums,
@@ -305,7 +307,7 @@ def main():
     args = parse_args()
     rank, world, device = setup_distributed()
     root = image_root(args.image_root, args.data)
-    run = open_run(args, settings_of(args, ("model", "data", "clip")), rank, world)
+    run = open_run(args, settings_of(args, ("model", "data", "clip", "clip_weights")), rank, world)
     if run is None:
         return
 

@@ -36,6 +36,8 @@ What is published: the name, and (in summaries) exact match and strict prefix. O
 ROUGE-L credit, the visual component, the brevity penalty, and normalising before adding.
 """
 
+from common.script import run_script  # first: the other imports take seconds
+
 import collections
 import random
 import re
@@ -335,4 +337,4 @@ def print_worked_example():
 
 
 if __name__ == "__main__":
-    print_worked_example()
+    run_script(print_worked_example)

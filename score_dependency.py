@@ -32,6 +32,8 @@ out:  JSONL {id, image, caption, sentences: [{text, start, end, score, d_vis, po
       to the overview's part of it
 """
 
+from common.script import run_script  # first: the other imports take seconds
+
 import itertools
 from functools import partial
 from pathlib import Path
@@ -51,7 +53,6 @@ from common.stage import (
     parse,
     positive_int,
     require_output,
-    run_script,
     setup_distributed,
 )
 from common.text import split_sentences, split_words, tokens_in_span
@@ -319,8 +320,7 @@ def main():
     settings = {"stage": "score_dependency"}
     for name in ("layers", "max_pixels", "limit", "ablation", "page", "correction"):
         settings[name] = getattr(args, name)
-    settings["model"] = fingerprint(args.model)
-    settings["data"] = fingerprint(args.data)
+    settings |= {"model": fingerprint(args.model), "data": fingerprint(args.data)}
 
     start = partial(start_scoring, args, root, rank, device)
     finish = partial(correct_scores, correction=args.correction)

@@ -51,11 +51,14 @@ What results.json holds; scores, masks and predictions are those of the validati
 toy/study.py says what study.json holds, toy/lvrpo_world.py what lvrpo.json holds.
 """
 
+from common.script import run_script  # first: the other imports take seconds
+
 import argparse
 from pathlib import Path
 
+from common.locks import lock_output
 from common.records import check_settings, load_records, write_json
-from common.stage import make_parser, parse, run_script
+from common.stage import make_parser, parse
 from toy import lvrpo_stages, lvrpo_world
 from toy.drawing import make_drawing_world
 from toy.lanes import Clock, run_step
@@ -87,7 +90,7 @@ def run_world(args, out, size, make, stages):
     """Draws the world and runs its stages; returns the flags, and the seconds by stage."""
     flags = {"bias": args.bias, "seed": args.seed, "small": args.small}
     settings = {**flags, "size": size._asdict()}
-    out.mkdir(parents=True, exist_ok=True)
+    lock_output(out / "world.json")
     if not check_settings(out / "world.json", settings):
         write_json(out / "world.json", {"settings": settings})
     clock = Clock(out / "world.json", settings)

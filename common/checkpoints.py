@@ -1,5 +1,6 @@
-"""Checkpoints of a training run: complete or absent, the oldest deleted."""
+"""Checkpoints of a training run: complete or absent, the oldest deleted, the damaged set aside."""
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from common.records import fail
+from common.records import TRAINER, fail
 
 
 def checkpoints(out):
@@ -48,7 +49,7 @@ def write_checkpoint(out, step, policy, weights, moments):
         policy.model.save_pretrained(temporary, state_dict=weights)
         policy.processor.save_pretrained(temporary)
         state = {"step": step, "optimizer": moments}
-        torch.save(state, temporary / "trainer.pt")
+        torch.save(state, temporary / TRAINER)
         for file in filter(Path.is_file, temporary.rglob("*")):
             with open(file, "rb") as content:
                 # or a power cut may leave the new name on empty files
@@ -80,6 +81,74 @@ def prune_checkpoints(out, keep):
         delete_checkpoint(old)
 
 
+# ---------------------------------------------------------------- damaged ones
+
+
+def set_aside_damaged(out, last_step):
+    """Renames the newest checkpoints to checkpoint-N.damaged, up to one that can be resumed from.
+
+    Each costs a line; if none is left, the program ends, and nothing is renamed. A run whose
+    last step is done is not resumed, so its checkpoints are not looked at.
+    """
+    damaged = {}
+    for step, path in reversed(checkpoints(out).items()):
+        reason = None if step >= last_step else damage_of(path, step)
+        if reason is None:
+            break
+        damaged[path] = reason
+    if damaged and len(damaged) == len(checkpoints(out)):
+        path, reason = next(iter(damaged.items()))
+        fail(
+            f"{path} cannot be resumed from ({reason}), and there is none before it that can: "
+            "--no-resume starts over"
+        )
+
+    for path, reason in damaged.items():
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+        print(f"{path} cannot be resumed from ({reason}): kept as {aside.name}")
+
+
+def damage_of(path, step):
+    """Why the trainer.pt of a checkpoint cannot be used, or None."""
+    try:
+        state = load_trainer(path)
+    except Exception as error:
+        # torch, pickle and the system each raise their own; of code in it, torch runs none
+        return f"{TRAINER} cannot be read: {type(error).__name__}"
+    if not isinstance(state, dict) or state.get("step") != step:
+        return f"{TRAINER} is not that of step {step}"
+    optimizer = state.get("optimizer")
+    if not isinstance(optimizer, dict) or not {"state", "param_groups"} <= set(optimizer):
+        return f"{TRAINER} has no optimizer"
+    if not all(map(_is_finite, _leaves(optimizer))):
+        return f"{TRAINER} holds numbers that are not finite"
+    return None
+
+
+def load_trainer(path):
+    """{step, optimizer} of a checkpoint; its tensors are read when they are used."""
+    return torch.load(path / TRAINER, map_location="cpu", mmap=True, weights_only=True)
+
+
+def _leaves(value):
+    """What nested dicts and lists hold."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _leaves(part)
+    else:
+        yield value
+
+
+def _is_finite(value):
+    if torch.is_tensor(value):
+        return bool(value.isfinite().all())
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 # ---------------------------------------------------------------- what a checkpoint holds
 
 
@@ -99,14 +168,21 @@ def gather_state(policy, optimizer):
 
 def load_optimizer(policy, optimizer, moments, path):
     """Gives the optimizer, or a rank's share of it, the moments of gather_state() from `path`."""
-    trained = [name for name, p in policy.model.named_parameters() if p.requires_grad]
-    if moments["param_groups"][0]["params"] != trained:
+    trained = {n: p.shape for n, p in policy.model.named_parameters() if p.requires_grad}
+    try:
+        names = moments["param_groups"][0]["params"]
+        shapes = {name: state["exp_avg"].shape for name, state in moments["state"].items()}
+    except (LookupError, TypeError, AttributeError):
+        names = []
+        shapes = {}
+    # no shapes: no step was taken before it
+    if names != list(trained) or shapes not in ({}, trained):
         fail(
             f"{path} is of other parameters than are trained here, or of an earlier version: choose "
             f"another --out, with --model {path.parent}"
         )
-    if not moments["state"]:
-        return  # no step was taken before it
+    if not shapes:
+        return
     if any(isinstance(parameter, DTensor) for parameter in policy.parameters()):
         whole = StateDictOptions(full_state_dict=True)
         set_optimizer_state_dict(policy.model, optimizer, moments, options=whole)

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from common.captions import load_image
 from common.records import BadRecord, fail
 from common.stage import positive_int
+from common.vlm import reason_of
 
 
 class Clip:
@@ -20,18 +21,20 @@ class Clip:
     """
 
     def __init__(self, name, weights=None, device="cpu"):
+        source = name
         if Path(name).is_dir():
-            name = f"local-dir:{name}"
+            source = f"local-dir:{name}"
             weights = None
         try:
             model, _, self.preprocess = open_clip.create_model_and_transforms(
-                name, weights, device=device, require_pretrained=True
+                source, weights, device=device, require_pretrained=True
             )
-            self.tokenizer = open_clip.get_tokenizer(name)
+            self.tokenizer = load_tokenizer(source)
         except Exception as error:
             # open_clip raises RuntimeError, KeyError, OSError and plain Exception for this
-            reason = str(error).strip().splitlines()[0].partition(" Available:")[0]
-            fail(f"--clip {name} {weights or ''} cannot be loaded: {reason}")
+            reason = reason_of(error).partition(" Available:")[0]
+            flags = f"--clip {name} {weights or ''}".strip()
+            fail(f"{flags} cannot be loaded: {reason}")
         self.model = model.eval()
         self.device = device
         self.truncated = 0
@@ -71,6 +74,17 @@ class Clip:
         """Says how many texts may have lost their ends, if any."""
         if self.truncated:
             tqdm.write(f"{self.truncated} texts filled CLIP's context: what was cut is not judged")
+
+
+def load_tokenizer(name):
+    """The tokenizer of an open_clip model; a folder cannot have code of its own run by asking so.
+
+    Its open_clip_config.json may hold tokenizer_kwargs, which open_clip passes on as they are.
+    """
+    text = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
+    if text.get("hf_tokenizer_name"):
+        return open_clip.get_tokenizer(name, trust_remote_code=False)
+    return open_clip.get_tokenizer(name)
 
 
 def load_other_images(records, root, max_pixels, count):

@@ -16,7 +16,7 @@ from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from common.records import BadRecord, fail
 from common.text import words_of
-from common.vlm import chat_prompt, encode_prompt, join_prompts, load_vlm
+from common.vlm import chat_prompt, encode_prompt, join_prompts, load_vlm, reason_of
 
 QUESTION = 'Does this figure show "{text}"? Please answer yes or no.'
 # prompts per pass of the VLM
@@ -129,13 +129,12 @@ class OpenVocabularyDetector:
     def __init__(self, name, clip, device):
         self.clip = clip
         try:
-            self.processor = AutoProcessor.from_pretrained(name)
+            self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
             load = AutoModelForZeroShotObjectDetection.from_pretrained
-            self.model = load(name, dtype=torch.float32)
+            self.model = load(name, dtype=torch.float32, trust_remote_code=False)
         except Exception as error:
             # transformers, tokenizers, safetensors and torch each raise their own
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            fail(f"--detector {name} cannot be loaded: {reason}")
+            fail(f"--detector {name} cannot be loaded: {reason_of(error)}")
         self.model.to(device).eval()
         self.thresholds = {"threshold": BOX_THRESHOLD}
         if "GroundingDino" in type(self.processor).__name__:

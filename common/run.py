@@ -15,7 +15,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from common.checkpoints import (
@@ -23,12 +22,16 @@ from common.checkpoints import (
     delete_checkpoint,
     gather_state,
     load_optimizer,
+    load_trainer,
     newest_checkpoint,
     prune_checkpoints,
+    set_aside_damaged,
     write_checkpoint,
 )
+from common.locks import lock_output
 from common.ranks import barrier, broadcast
 from common.records import (
+    TRAINER,
     check_settings,
     fail,
     fingerprint,
@@ -74,6 +77,9 @@ def open_run(args, settings, rank, world):
     of other settings, ends the program.
     """
     out = Path(args.out)
+    if rank == 0:
+        lock_output(out / "run.json")
+    barrier()  # nobody looks before it is ours
     files = _written_files(out)
     if files and not (out / "run.json").exists():
         # a Trainer's, say: neither continued nor deleted
@@ -89,13 +95,16 @@ def open_run(args, settings, rank, world):
             _delete(path)
     barrier()
 
+    check_settings(out / "run.json", settings)
+    if rank == 0:
+        set_aside_damaged(out, args.steps)
+    barrier()
     checkpoint, step = newest_checkpoint(out)
     if broadcast(step) != step:
         fail(
             f"{out} holds another checkpoint on this node than on the first: --out must be a "
             "folder that all nodes share"
         )
-    check_settings(out / "run.json", settings)
     run = Run(out, settings, checkpoint, step, args, rank, world)
     if step >= args.steps:
         if rank == 0:
@@ -103,8 +112,6 @@ def open_run(args, settings, rank, world):
             print(f"reused {checkpoint}: its {step} steps are done; --no-resume starts over")
         return None
     barrier()
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
     return run
 
 
@@ -129,12 +136,14 @@ class Run:
         self.world = world
         self.skipped = []  # updates skipped, one number per step
         self.bar = None
+        self.loaded_memory = 0  # bytes at most before the first step
 
     def begin(self, description):
         """Binds the settings and cuts the logs to the checkpoint, when everything is loaded.
 
         A run that was refused before this binds no settings, so that the right command can follow.
         """
+        self.loaded_memory = peak_memory()
         metrics = metrics_until(self.out, self.start_step)
         self.skipped = [record.get("skipped_update", 0) for record in metrics]
         if self.rank == 0:
@@ -156,9 +165,8 @@ class Run:
         """Loads the optimizer's state of the checkpoint that is resumed from, if any."""
         if not self.checkpoint:
             return
-        path = self.checkpoint / "trainer.pt"
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        load_optimizer(policy, optimizer, state["optimizer"], path)
+        moments = load_trainer(self.checkpoint)["optimizer"]
+        load_optimizer(policy, optimizer, moments, self.checkpoint / TRAINER)
 
     def steps(self):
         """The steps that are left."""
@@ -215,7 +223,8 @@ class Run:
             owner = "this rank's tensors" if device.type == "cuda" else "the whole process"
             print(
                 f"{sum(self.skipped)} updates skipped, {unusable_records} records could not be used;"
-                f" peak memory: {peak_memory(device) / 2**20:.0f} MiB ({owner})"
+                f" peak memory: {peak_memory() / 2**20:.0f} MiB ({owner}; "
+                f"{self.loaded_memory / 2**20:.0f} before the first step)"
             )
             print(f"{self.checkpoint}: done. Next: evaluate.py --model {self.checkpoint} ...")
 

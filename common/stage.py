@@ -1,11 +1,9 @@
-"""What makes a function a stage: flags, one-line errors, and a map over records that resumes."""
+"""What makes a function a stage: flags, and a map over records that resumes."""
 
 import argparse
 import collections
 import itertools
 import json
-import os
-import re
 import shlex
 import sys
 import time
@@ -13,10 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
-from transformers.utils import logging as hf_logging
 
+from common.locks import lock_output
 from common.ranks import barrier, broadcast, gather, setup_distributed
 from common.records import (
     BadRecord,
@@ -133,7 +130,9 @@ def map_records(records, start, out, settings, source, batch_size, finish=None):
     """
     rank, world, _ = setup_distributed()
     files = _MapFiles(Path(out))
-    files.out.parent.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        lock_output(files.out)
+    barrier()  # nobody looks before it is ours
     is_same_run = check_settings(files.info, settings)
     if is_same_run and files.out.exists():
         return files.reuse(rank)
@@ -268,52 +267,3 @@ def require_output(out, counts, message):
         Path(out).unlink(missing_ok=True)
         Path(f"{out}.run.json").unlink(missing_ok=True)
         fail(message)
-
-
-# ---------------------------------------------------------------- running a script
-
-LOST_PEER = re.compile("gloo.*(by peer|pipe)|ncclRemoteError", re.DOTALL | re.IGNORECASE)
-
-
-def run_script(main):
-    """Runs a stage's main(). A full disk, Ctrl-C or a lost rank ends it in one line.
-
-    What was written stays whole. If one rank fails, all ranks stop, and torchrun prints the
-    failing rank's error last.
-    """
-    lost_peer = False
-    # "Loading weights" and the like: the stages have bars of their own for what takes long
-    hf_logging.disable_progress_bar()
-    try:
-        try:
-            main()
-        except KeyboardInterrupt:
-            fail("interrupted; the same command continues from here")
-        except OSError as error:
-            fail(
-                f"{error.filename or 'output'}: {error.strerror or error}; what was written is "
-                "kept, and the same command continues from there"
-            )
-        except RuntimeError as error:
-            lost_peer = LOST_PEER.search(str(error)) is not None
-            if not lost_peer:
-                raise
-            fail(f"rank {os.environ['RANK']}: another rank ended; its message says why")
-        if dist.is_initialized():
-            # not after an error: NCCL could wait for the others
-            dist.destroy_process_group()
-    except SystemExit as exit_:
-        for bar in list(getattr(tqdm, "_instances", ())):
-            bar.close()  # or the message would stand behind it
-        if isinstance(exit_.code, str):
-            _report_to_torchrun(exit_.code, lost_peer)
-        raise
-
-
-def _report_to_torchrun(message, lost_peer):
-    """torchrun shows the earliest error as the cause: that of a lost peer is dated later."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        timestamp = int(time.time()) + (60 if lost_peer else 0)
-        report = {"message": message, "extraInfo": {"timestamp": timestamp}}
-        Path(path).write_text(json.dumps({"message": report}))

@@ -198,8 +198,8 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def peak_memory(device):
+def peak_memory():
     """Bytes in use at most so far: of tensors on a GPU, of the whole process on a CPU."""
-    if device.type == "cuda":
+    if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -30,10 +30,16 @@ def load_vlm(name, device, trust_remote_code=False, dtype=None):
         )
     except Exception as error:
         # transformers, tokenizers, safetensors and torch each raise their own for a broken file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        fail(f"{name} cannot be loaded as a vision-language model: {reason}")
+        fail(f"{name} cannot be loaded as a vision-language model: {reason_of(error)}")
     _check_parts(name, model, processor)
     return model.to(device).eval(), processor
+
+
+def reason_of(error):
+    """In one line, what a library says of a checkpoint that it could not load."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, which only --model with --trust-remote-code may run"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _check_parts(name, model, processor):

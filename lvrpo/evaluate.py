@@ -25,6 +25,8 @@ out:  OUT/00000/metadata.jsonl, the line of the prompt, and OUT/00000/samples/00
       OUT/drawings.png: the first drawings of the first eight prompts
 """
 
+from common.script import run_script  # first: the other imports take seconds
+
 import collections
 import copy
 import json
@@ -52,7 +54,6 @@ from common.stage import (
     parse,
     positive_int,
     require_output,
-    run_script,
 )
 from common.stats import paired_difference, share, with_intervals
 from common.training import uniforms_of
@@ -241,7 +242,8 @@ def main():
     rank, _, device = setup_distributed()
     if args.samples > 1 and (args.temperature == 0 or args.layout == "wise"):
         fail("--temperature 0 and --layout wise have one image per prompt: use --samples 1")
-    settings = settings_of(args, ("model", "prompts", "detector", "clip", "knowledge"))
+    paths = ("model", "prompts", "detector", "clip", "clip_weights", "knowledge")
+    settings = settings_of(args, paths)
     settings |= {"stage": "lvrpo.evaluate", "compare": None, "batch_size": None}
 
     others = []

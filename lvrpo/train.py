@@ -18,6 +18,8 @@ The paper (arXiv 2603.27693) trains BAGEL, which draws by flow matching; Janus d
 codes. That, --draw-share, and normalising each component before adding are ours.
 """
 
+from common.script import run_script  # first: the other imports take seconds
+
 from common.captions import image_root
 from common.drawing_prompts import load_prompts
 from common.drawings import require_drawing
@@ -26,7 +28,7 @@ from common.policies import load_policies, prepare_policy
 from common.ranks import setup_distributed
 from common.records import fail
 from common.run import open_run, settings_of
-from common.stage import make_parser, parse, run_script
+from common.stage import make_parser, parse
 from common.training_flags import add_training_flags, check_training_flags
 from grpo_train import train
 from lvrpo.reward import (
@@ -136,7 +138,7 @@ def main():
     args = parse_args()
     rank, world, device = setup_distributed()
     root = image_root(args.image_root, args.data or args.prompts)
-    paths = ("model", "data", "prompts", "clip", "knowledge", "detector")
+    paths = ("model", "data", "prompts", "clip", "clip_weights", "knowledge", "detector")
     run = open_run(args, settings_of(args, paths), rank, world)
     if run is None:
         return

@@ -44,7 +44,7 @@ def stage(monkeypatch, capsys):
 
     That saves the seconds of starting Python and importing torch.
     """
-    from common.stage import run_script
+    from common.script import run_script
 
     def run(module, *arguments):
         error = None

@@ -5,16 +5,18 @@ import multiprocessing.connection
 import os
 import runpy
 import shlex
+import signal
 import sys
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from graphlib import TopologicalSorter
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -67,7 +69,12 @@ def process_context():
     # the server looks for modules in its working directory
     folder = os.getcwd()
     os.chdir(ROOT)
+    # Ctrl-C is for this program, which ends the others: each of them would print a line. (The
+    # tracker, which the server needs, would unblock it again)
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     os.chdir(folder)
     return context
 
@@ -97,6 +104,13 @@ def finish(process):
     return process.exitcode
 
 
+def describe_status(status):
+    """The exit status of finish() in words: "was killed (SIGKILL)"."""
+    if status < 0:
+        return f"was killed ({signal.Signals(-status).name})"
+    return f"failed with exit status {status}"
+
+
 def stop_all():
     """Ends all processes of start()."""
     with LOCK:
@@ -109,6 +123,8 @@ def run_here(command, log, heading, folder):
     parent = multiprocessing.parent_process()
     threading.Thread(target=end_with, args=[parent], daemon=True).start()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    # tqdm's own is a semaphore between processes, of whose loss a kill would make a warning
+    tqdm.set_lock(threading.RLock())
     os.chdir(folder)
     if log is not None:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -209,6 +225,6 @@ def run_job(job, failed, logs):
     except (OSError, EOFError) as error:
         return str(error), f"FAILED: {error}"
     if status or not Path(job.written).exists():
-        reason = f"exit status {status}, see {log}"
+        reason = f"{describe_status(status).removeprefix('failed with ')}, see {log}"
         return reason, f"FAILED: {reason}"
     return None, f"{time.time() - began:7.1f} s"

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from common.records import fail, write_json
-from toy.commands import finish, start, stop_all
+from toy.commands import describe_status, finish, start, stop_all
 
 
 class Clock:
@@ -65,12 +65,17 @@ def run_step(lanes, clock, folder):
             if stop.is_set():
                 return
             with clock.measure(stage.name, stage.written):
-                process = start(stage.command, log, heading_of(stage))
+                try:
+                    process = start(stage.command, log, heading_of(stage))
+                except (OSError, EOFError) as error:
+                    raise StageFailed(f"the stage '{stage.name}' did not start: {error}") from None
                 if stop.is_set():
                     process.terminate()
                 status = finish(process)
                 if status:
-                    raise StageFailed(f"the stage '{stage.name}' failed with exit status {status}")
+                    where = f"see {log}" if log else "see above"
+                    reason = f"{describe_status(status)}, {where}"
+                    raise StageFailed(f"the stage '{stage.name}' {reason}")
 
     try:
         with ThreadPoolExecutor(len(lanes)) as pool:
@@ -82,12 +87,19 @@ def run_step(lanes, clock, folder):
                 stop.set()
                 stop_all()
                 raise
+    except KeyboardInterrupt:
+        end_line()
+        raise
     except StageFailed as error:
         show(logs[1:])
-        # a stage that was stopped may have left its bar on this line
-        print(file=sys.stderr)
-        fail(f"{error}, see above; the same command tries it again")
+        end_line()
+        fail(f"{error}; the same command tries it again")
     show(logs[1:])
+
+
+def end_line():
+    """Begins a new line on the screen: a stage that was stopped may have left its bar on this."""
+    print(file=sys.stderr)
 
 
 def show(logs):

@@ -2,7 +2,9 @@
 
 import json
 
-from common.records import write_atomically
+from common.locks import lock_output
+from common.records import fail, write_atomically
+from common.stage import positive_int
 from toy.janus import train_janus
 from toy.judge import train_judge
 from toy.probes import Probe
@@ -10,11 +12,41 @@ from toy.questions import clip_metrics, write_benchmark
 from toy.training import accelerator, teach_questions, train_on_world
 from toy.world import make_world
 
-# models of the drawing world: the folder and the function that writes it
-DRAWING_MODELS = {"janus": ("base", train_janus), "judge": ("judge", train_judge)}
+# name: (what it writes in the world, its arguments)
+PIECES = {
+    "world": ("truth.jsonl", "TRAIN VAL"),
+    "base": ("base", "STEPS"),
+    "clip": ("clip", "STEPS"),
+    "janus": ("base", "VQ_STEPS STEPS"),
+    "judge": ("judge", "STEPS"),
+    "benchmark": ("val.tsv", ""),
+    "teacher": ("teacher.json", ""),
+    "questions": ("", "STEPS MODEL"),
+    "probe": ("FILE", "FILE MODEL LIMIT"),
+    "robustness": ("FILE", "FILE MODEL LIMIT"),
+}
+# arguments that are no numbers
+NAMES = ("FILE", "MODEL")
+# pieces that are not done again
+MODELS = ("base", "clip", "janus", "judge", "questions")
 
 
-def run_piece(out, bias, seed, name, *arguments):
+def parse_piece(name, *words):
+    """(what the piece writes, its arguments); wrong words end the program."""
+    if name not in PIECES:
+        fail(f"--piece {name}: no such piece; there are {', '.join(PIECES)}")
+    written, usage = PIECES[name]
+    try:
+        arguments = {}
+        for argument, word in zip(usage.split(), words, strict=True):
+            arguments[argument] = word if argument in NAMES else positive_int(word)
+    except ValueError:
+        numbers = f"{usage}: whole numbers, except FILE and MODEL" if usage else "no more words"
+        fail(f"--piece {name} takes {numbers}")
+    return arguments.get(written, written), list(arguments.values())
+
+
+def run_piece(out, bias, seed, name, *words):
     """Runs one piece in the world `out` (for questions: in the world out.parent).
 
     world TRAIN VAL           draws so many images
@@ -27,40 +59,35 @@ def run_piece(out, bias, seed, name, *arguments):
     probe FILE MODEL LIMIT    layers and patches of a checkpoint of the world, on LIMIT masks
     robustness FILE MODEL LIMIT
     """
-    device = accelerator()
-    if name == "questions":
-        if out.exists():
-            print(f"reused {out}")
-        else:
-            steps, checkpoint = arguments
-            teach_questions(out, checkpoint, int(steps), 32, 1e-3, seed, device)
-            print(f"{out}: {checkpoint} after {steps} steps on multiple choice")
+    written, arguments = parse_piece(name, *words)
+    path = out / written
+    lock_output(path)
+    if name in MODELS and path.exists():
+        print(f"reused {path}")
         return
 
-    out.mkdir(parents=True, exist_ok=True)
+    device = accelerator()
     if name == "world":
-        n_train, n_val = arguments
-        make_world(out, int(n_train), int(n_val), bias, seed)
-    elif name in DRAWING_MODELS:
-        written, train = DRAWING_MODELS[name]
-        if (out / written).exists():
-            print(f"reused {out / written}")
-        else:
-            train(out, *map(int, arguments), seed)
+        make_world(out, *arguments, bias, seed)
     elif name in ("base", "clip"):
-        if (out / name).exists():
-            print(f"reused {out / name}")
-        else:
-            train_on_world(out, name, int(arguments[0]), seed, device)
+        train_on_world(out, name, *arguments, seed, device)
+    elif name == "janus":
+        train_janus(out, *arguments, seed)
+    elif name == "judge":
+        train_judge(out, *arguments, seed)
     elif name == "benchmark":
         write_benchmark(out)
     elif name == "teacher":
-        write_atomically(out / "teacher.json", [json.dumps(clip_metrics(out))])
+        write_atomically(path, [json.dumps(clip_metrics(out))])
+    elif name == "questions":
+        steps, checkpoint = arguments
+        teach_questions(out, checkpoint, steps, 32, 1e-3, seed, device)
+        print(f"{out}: {checkpoint} after {steps} steps on multiple choice")
     else:
-        file, checkpoint, limit = arguments
-        probe = Probe(out, checkpoint, int(limit), device)
+        _, checkpoint, limit = arguments
+        probe = Probe(out, checkpoint, limit, device)
         if name == "robustness":
             results = probe.robustness()
         else:
             results = {"layers": probe.layers(), "patches": probe.patches(seed)}
-        write_atomically(out / file, [json.dumps(results)])
+        write_atomically(path, [json.dumps(results)])

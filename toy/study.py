@@ -31,6 +31,7 @@ import collections
 import itertools
 import json
 
+from common.locks import lock_output
 from common.records import check_settings, fail, load_records, write_json
 from common.stats import mean_std, spearman
 from toy.commands import run_jobs
@@ -160,7 +161,7 @@ def study_results(out, seeds):
 
 def study(out, seeds, small):
     """Runs what is missing of the study, and writes study.json from what is there."""
-    out.mkdir(parents=True, exist_ok=True)
+    lock_output(out / "run.json")
     settings = {
         "seeds": list(seeds),
         "small": small,

@@ -19,10 +19,11 @@ import shutil
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from common.captions import load_image
-from common.records import load_records, write_atomically
+from common.records import fail, load_records, write_atomically
 
 # pixels: 4 x 4 patches of 16, so 16 visual tokens
 SIDE = 64
@@ -175,11 +176,20 @@ def sentence_truth(text, start, index, objects, stated):
 
 @contextlib.contextmanager
 def building(path):
-    """A temporary path that becomes `path` when the block ends, or never if it is killed."""
+    """A temporary path that becomes `path` when the block ends, or never if it is killed.
+
+    A full disk ends the program in one line.
+    """
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    yield partial
-    partial.replace(path)
+    try:
+        yield partial
+        partial.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # safetensors and torch each raise their own
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fail(f"{path} cannot be written ({reason}); the same command tries it again")
 
 
 def make_world(folder, n_train, n_val, bias, seed, sample=sample_pair):

@@ -389,8 +389,9 @@ def test_a_killed_run_goes_on_where_it_was_and_gives_the_same_bytes(world, score
 
     with monkeypatch.context() as m:
         m.setattr(score_dependency.Scorer, "__call__", interrupted)
-        error, _ = score(data, world / "out")
-    assert "interrupted" in error and not (world / "out").exists()
+        error, printed = score(data, world / "out")
+    assert error == "130" and "error: interrupted; the same command continues" in printed
+    assert not (world / "out").exists()
     part = world / "out.part"
     lines = part.read_bytes().splitlines(keepends=True)
     assert len(lines) == 4

@@ -140,7 +140,7 @@ def test_a_killed_run_gives_the_files_of_a_straight_one(run, tmp_path, monkeypat
     with monkeypatch.context() as m:
         m.setattr(evaluate, "save_image", interrupted)
         error, _ = run("resumed", *flags)
-    assert "interrupted" in error and not (tmp_path / "resumed/results.json").exists()
+    assert error == "130" and not (tmp_path / "resumed/results.json").exists()
     part = tmp_path / "resumed/drawings.jsonl.part"
     lines = part.read_bytes().splitlines(keepends=True)
     assert len(lines) == 2

@@ -1,5 +1,7 @@
 """Runs of LVRPO: ranks that read and draw at once, a kill, a resume, other settings."""
 
+from common.script import run_script
+
 import contextlib
 import io
 import json
@@ -15,7 +17,6 @@ from tiny import random_image
 
 import common.run
 from common.judges import Detection
-from common.stage import run_script
 from lvrpo import train as lvrpo_train
 
 # processes forked off a server that has imported torch, the same for both files

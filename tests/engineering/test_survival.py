@@ -10,7 +10,7 @@ import functools
 import hashlib
 import importlib
 import json
-import multiprocessing
+import multiprocessing.util
 import os
 import random
 import re
@@ -488,8 +488,79 @@ def test_control_c_is_one_line(training, launch, tmp_path):
     until(lambda: metrics.stat().st_size)
     os.kill(process.pid, signal.SIGINT)
     code, output = ended(process, log)
-    assert code == 1, output
+    assert code == 130, output
     assert_one_line(output, "interrupted; the same command continues")
+
+
+def hang(place, mark):
+    """main() waits; so does its end, or the end of the process, as where a thread is waited for."""
+    import build_masks
+
+    def main():
+        if place == "process":
+            multiprocessing.util.Finalize(None, time.sleep, args=[1000], exitpriority=0)
+        try:
+            mark.touch()
+            time.sleep(1000)
+        finally:
+            if place == "main":
+                time.sleep(1000)
+
+    build_masks.main = main
+
+
+@pytest.mark.parametrize("place", ("main", "process"))
+def test_a_second_control_c_waits_for_nothing_and_is_no_traceback_either(place, launch, tmp_path):
+    mark = tmp_path / "mark"
+    process, log = launch("build_masks", [], functools.partial(hang, place, mark))
+    until(mark.exists)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(1)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGINT)
+    code, output = ended(process, log)
+    assert code == 130, output
+    assert_one_line(output, "interrupted; the same command continues")
+
+
+SCRIPTS_AND_MODULES = [[f"{name}.py"] for name in (*SCRIPTS, "reward", "toy_world")]
+SCRIPTS_AND_MODULES += [["-m", "lvrpo.train"], ["-m", "lvrpo.evaluate"]]
+
+
+@pytest.mark.parametrize("script", SCRIPTS_AND_MODULES, ids=" ".join)
+def test_control_c_while_a_script_imports_is_one_line(script):
+    process = subprocess.Popen(
+        [sys.executable, *script],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        # which is ignored where a shell runs the tests in the background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    # torch is being imported
+    until(lambda: "torch" in Path(f"/proc/{process.pid}/maps").read_text())
+    process.send_signal(signal.SIGINT)
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert_one_line(output, "interrupted; the same command continues")
+
+
+def test_two_runs_at_once_write_one_output_and_a_kill_lets_the_next_one_in(
+    training, launch, run, tmp_path
+):
+    out = tmp_path / "run"
+    first, _ = launch("grpo_train", training(out, *LONG))
+    until((out / "metrics.jsonl").exists)
+    code, output = run("grpo_train", training(out))
+    assert code == 1, output
+    assert_one_line(output, f"{out}/run.json is being written by process {first.pid} on")
+    # the next one begins while this one dies
+    second = launch("grpo_train", training(out, "--steps", 1))
+    first.kill()
+    code, output = ended(*second)
+    assert code == 0, output
+    assert [metrics["step"] for metrics in metrics_of(out)] == [1]
+    assert not list(out.rglob("*.lock"))
 
 
 def test_checkpoints_of_an_unknown_run_are_not_resumed_and_keep_is_at_least_one(

@@ -3,6 +3,7 @@
 import importlib
 import json
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from inputs import assert_one_line
 
 import toy_world
 from benchmarks.tsv import load_images, read_tsv
@@ -36,7 +38,7 @@ def test_a_world_with_other_settings_is_refused_in_one_line(tmp_path):
 
 
 # stages that note when they ran, and print; the name says what becomes of them
-SCRIPT = """import pathlib, sys, time
+SCRIPT = """import os, pathlib, signal, sys, time
 path, seconds = sys.argv[1:]
 began = time.time()
 print("working on", path)
@@ -46,6 +48,8 @@ for i in range(3):
 print("\\r      \\r", end="", file=sys.stderr)
 if "bad" in path:
     sys.exit("no luck")
+if "killed" in path:
+    os.kill(os.getpid(), signal.SIGKILL)
 pathlib.Path(path).write_text(f"{began} {time.time()}")
 """
 RUN = """import json, pathlib, sys
@@ -99,22 +103,66 @@ def test_lanes_run_side_by_side_their_stages_in_turn_and_each_is_shown_whole(tmp
     assert set(json.loads((tmp_path / "clock.json").read_text())["seconds"]) == set("abc")
 
 
-@pytest.mark.parametrize("failing", (0, 1))
-def test_a_stage_that_fails_is_named_in_one_line_and_ends_the_others(failing, tmp_path):
+@pytest.mark.parametrize(
+    "place, failing, reason",
+    [
+        (0, "bad", "failed with exit status 1, see above"),
+        (1, "killed", "was killed (SIGKILL), see {folder}/logs/killed.txt"),
+    ],
+)
+def test_a_stage_that_fails_is_named_in_one_line_and_ends_the_others(
+    place, failing, reason, tmp_path
+):
     lanes = [[("slow", 300)], [("slow", 300)]]
-    lanes[failing] = [("bad", 0), ("never", 0)]
+    lanes[place] = [(failing, 0), ("never", 0)]
     began = time.time()
     run = run_lanes(tmp_path, *lanes)
     assert time.time() - began < 100
     assert run.returncode == 1
-    assert run.stderr.splitlines()[-1].startswith(
-        "error: the stage 'bad' failed with exit status 1"
-    )
-    assert "no luck" in run.stdout + run.stderr
+    reason = reason.format(folder=tmp_path)
+    *_, error = run.stderr.splitlines()
+    assert error == f"error: the stage '{failing}' {reason}; the same command tries it again"
+    assert f"working on {tmp_path}/{failing}" in run.stdout
+    assert failing == "killed" or "no luck" in run.stdout + run.stderr
     assert not (tmp_path / "slow").exists() and not (tmp_path / "never").exists()
     assert "Traceback" not in run.stderr
     # nobody takes these seconds for those of the stages
     assert not (tmp_path / "clock.json").exists()
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("nonsense", "no such piece; there are world, base"),
+        ("base", "takes STEPS: whole numbers"),
+        ("base many", "takes STEPS: whole numbers"),
+        ("base 0", "takes STEPS: whole numbers"),
+        ("base 3 4", "takes STEPS: whole numbers"),
+        ("world 3", "takes TRAIN VAL"),
+        ("benchmark 3", "takes no more words"),
+        ("probe out.json base", "takes FILE MODEL LIMIT"),
+    ],
+)
+def test_wrong_words_for_a_piece_are_refused_in_one_line(words, says, stage, tmp_path):
+    error, _ = stage(toy_world, "--out", tmp_path / "world", "--piece", *words.split())
+    assert_one_line(error, f"--piece {words.split()[0]}", says)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ("base", "clip"))
+def test_a_full_disk_under_a_model_of_the_toy_is_one_line(name, stage, tmp_path):
+    make_world(tmp_path, 4, 2, 0.5, 0)
+    before = sorted(tmp_path.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        error, _ = stage(toy_world, "--out", tmp_path, "--piece", name, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_one_line(error, f"{tmp_path}/{name} cannot be written", "same command tries it again")
+    assert sorted(tmp_path.iterdir()) == before
+    error, _ = stage(toy_world, "--out", tmp_path, "--piece", name, 1)
+    assert error is None and (tmp_path / name).is_dir()
 
 
 def all_stages(*arguments):

@@ -1,9 +1,12 @@
 """The real training script for a few steps: ranks, micro-batches, resume, logs, objectives."""
 
+from common.script import run_script
+
 import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,7 +24,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 import common.run
 import grpo_train
 from common import policies
-from common.stage import run_script
 from reward import COMPONENTS, for_each_answer
 
 # processes forked off a server that has imported torch, the same for several files
@@ -246,6 +248,104 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(warm, data, straig
     assert largest_difference(weights(out, 4), weights(straight, 4)) == 0
     assert untimed(metrics(out)) == untimed(metrics(straight))
     assert (out / "samples.txt").read_text() == (straight / "samples.txt").read_text()
+
+
+class Malicious:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+def spoil_trainer(path, kind, mark):
+    """Damages a trainer.pt in one of the ways in which it can be damaged."""
+    content = path.read_bytes()
+    state = torch.load(path, weights_only=True)
+    if kind == "missing":
+        path.unlink()
+    elif kind in ("empty", "truncated", "text"):
+        spoiled = {"empty": b"", "truncated": content[: len(content) // 2], "text": b"no zip"}
+        path.write_bytes(spoiled[kind])
+    else:
+        if kind == "code":
+            state["optimizer"] = Malicious(mark)
+        elif kind == "no optimizer":
+            del state["optimizer"]
+        elif kind == "list":
+            state = [state]
+        elif kind == "another step":
+            state["step"] += 1
+        elif kind == "learning rate":
+            state["optimizer"]["param_groups"][0]["lr"] = float("nan")
+        else:
+            state["optimizer"]["state"][3]["exp_avg"].view(-1)[-1] = float(kind)
+        torch.save(state, path)
+
+
+DAMAGE = {
+    "missing": "cannot be read",
+    "empty": "cannot be read",
+    "truncated": "cannot be read",
+    "text": "cannot be read",
+    "code": "cannot be read",
+    "no optimizer": "no optimizer",
+    "list": "not that of step",
+    "another step": "not that of step",
+    "learning rate": "not finite",
+    "nan": "not finite",
+    "inf": "not finite",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_run_without_a_usable_checkpoint_is_refused_and_nothing_is_lost(
+    kind, stage, warm, data, straight, tmp_path
+):
+    out = shutil.copytree(straight, tmp_path / "run")
+    for step in (2, 4):
+        spoil_trainer(out / f"checkpoint-{step}" / "trainer.pt", kind, tmp_path / "mark")
+    before = sorted(out.rglob("*"))
+    error, _ = stage(grpo_train, *flags_of(warm("idefics3"), data, out, "--steps 6"))
+    assert_one_line(error, f"{out}/checkpoint-4", DAMAGE[kind], "--no-resume starts over")
+    assert sorted(out.rglob("*")) == before and not (tmp_path / "mark").exists()
+    # what is done needs no trainer.pt
+    error, printed = stage(grpo_train, *flags_of(warm("idefics3"), data, out, "--steps 4"))
+    assert error is None and "reused" in printed
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(warm, data, straight, tmp_path):
+    out = shutil.copytree(straight, tmp_path / "run")
+    spoil_trainer(out / "checkpoint-4" / "trainer.pt", "nan", None)
+    printed = train(warm("idefics3"), data, out, "--steps 5 --save-every 1 --keep 9")
+    assert "checkpoint-4 cannot be resumed from (trainer.pt holds numbers that are" in printed
+    assert f"resumed from {out}/checkpoint-2" in printed
+    assert (out / "checkpoint-4.damaged" / "model.safetensors").exists()
+    assert largest_difference(weights(out, 4), weights(straight, 4)) == 0
+    assert untimed(metrics(out))[:4] == untimed(metrics(straight))
+
+
+@pytest.mark.parametrize("kind", ["shape", "fewer", "more"])
+def test_a_checkpoint_with_the_moments_of_other_parameters_is_refused_in_one_line(
+    kind, stage, warm, data, straight, tmp_path
+):
+    out = shutil.copytree(straight, tmp_path / "run")
+    path = out / "checkpoint-4" / "trainer.pt"
+    state = torch.load(path, weights_only=True)
+    moments = state["optimizer"]["state"]
+    if kind == "shape":
+        moments[0]["exp_avg"] = torch.zeros(3)
+    else:
+        del moments[len(moments) - 1]
+        state["optimizer"]["param_groups"][0]["params"].pop()
+    if kind == "more":
+        moments |= {len(moments) + i: moments[0] for i in range(2)}
+        state["optimizer"]["param_groups"][0]["params"] = list(range(len(moments)))
+    torch.save(state, path)
+    error, _ = stage(grpo_train, *flags_of(warm("idefics3"), data, out, "--steps 6"))
+    assert_one_line(error, f"{path} is of other parameters: rename this checkpoint")
 
 
 def test_a_finished_run_is_reused_and_another_run_is_refused(warm, data, straight):
@@ -509,4 +609,7 @@ def test_a_record_without_its_image_gives_way_to_the_next_and_is_named(warm, dat
     assert "gone.png does not exist" in printed
     assert "masks.jsonl:8" in printed
     assert "1 records could not be used" in printed
-    assert "peak memory: " in printed
+    peak, loaded = re.search(
+        r"peak memory: (\d+) MiB \(the whole process; (\d+) before the first step\)", printed
+    ).groups()
+    assert 100 < int(loaded) <= int(peak)

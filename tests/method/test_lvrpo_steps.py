@@ -5,6 +5,8 @@ down. The same is then computed with none of its shortcuts: one completion at a 
 shared prefix, no padding, and each task's gradient alone.
 """
 
+from common.script import run_script
+
 import contextlib
 import io
 import json
@@ -25,7 +27,6 @@ import grpo_train
 import reward
 from common.drawings import codes_of_drawings, drawings_of_codes
 from common.judges import Detection
-from common.stage import run_script
 from common.vlm import load_vlm
 from lvrpo import train as lvrpo_train
 from lvrpo.reward import READING_COMPONENTS
