@@ -61,7 +61,7 @@ from common.prompts import two_lengths
 from common.ranks import setup_distributed
 from common.records import BadRecord, fail, fingerprint
 from common.results import evaluate_records, mask_index, other_image, print_scores
-from common.stage import make_parser, parse, positive_int
+from common.stage import make_parser, number_between, parse, positive_int
 from common.stats import share
 from common.text import MASK, phrase_counts
 from common.vlm import chat_prompt, encode_prompt, load_vlm
@@ -327,7 +327,7 @@ def parse_args():
     )
     group.add_argument(
         "--backbone-accuracy",
-        type=float,
+        type=number_between(0, 100),
         help="of the text-only backbone, in percent: for MMStar's leakage",
     )
     return parse(parser)

@@ -58,7 +58,7 @@ from pathlib import Path
 
 from common.locks import lock_output
 from common.records import check_settings, load_records, write_json
-from common.stage import make_parser, parse
+from common.stage import make_parser, number_between, parse
 from toy import lvrpo_stages, lvrpo_world
 from toy.drawing import make_drawing_world
 from toy.lanes import Clock, run_step
@@ -158,13 +158,16 @@ def parse_args():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--out", help="folder (runs/toy, where the recipes look; or runs/study, runs/lvrpo)")
-    add("--bias", type=float, default=0.5, help="P(stereotype colour in a caption) (%(default)s)")
-    add("--seed", type=int, default=0, help="of world, models and training (%(default)s)")
+    # of as many bits as torch takes
+    seed = number_between(0, 2**63 - 1, int)
+    bias = "P(stereotype colour in a caption) (%(default)s)"
+    add("--bias", type=number_between(0, 1), default=0.5, help=bias)
+    add("--seed", type=seed, default=0, help="of world, models and training (%(default)s)")
     add("--small", action="store_true", help="everything at a reduced size: whether it runs")
     add("--study", action="store_true", help="every claim tested; a killed study continues")
     add("--lvrpo", action="store_true", help="LVRPO, which reads and draws, in a world of its own")
     seeds = "of --study (%(default)s; with --small the first only)"
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help=seeds)
+    add("--seeds", type=seed, nargs="+", default=[0, 1, 2], help=seeds)
     add("--piece", nargs="+", help=argparse.SUPPRESS)
     return parse(parser)
 

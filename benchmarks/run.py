@@ -19,7 +19,7 @@ from common.captions import load_image
 from common.exactness import choose_computation
 from common.policy import Policy, generate
 from common.prompts import two_lengths
-from common.records import BadRecord, fail, fingerprint, write_json
+from common.records import BadRecord, fail, fingerprint, require_file, write_json
 from common.results import evaluate_records, other_image, print_scores, read_predictions
 from common.vlm import chat_prompt, encode_prompt, load_vlm
 from report.results import write_results_page
@@ -102,6 +102,8 @@ class ImageStore:
             offset = self.table.image_offsets[name]
             return load_images(self.path, column, offset, self.max_pixels)
         paths = parse_list(name) or [name]
+        if not all(isinstance(path, str) for path in paths):
+            raise BadRecord("image_path must be a path, or a list of paths")
         return [load_image(self.root, path, self.max_pixels) for path in paths]
 
 
@@ -212,8 +214,7 @@ def run_benchmark(args, root, rank, device):
 
     args: the flags of evaluate.py. root: the folder that image paths are relative to.
     """
-    if not Path(args.data).is_file():
-        fail(f"{args.data}: no such file")
+    require_file(args.data)
     table = read_tsv(args.data)
     kind = args.kind or kind_of(args.data, table)
     benchmark = BENCHMARKS[kind]

@@ -22,6 +22,8 @@ REQUIRED_COLUMNS = ("index", "question", "answer")
 REFERENCE_LENGTH = 64
 # copy j of a question with index i has the index i + j * COPY_STEP
 COPY_STEP = 10**6
+# more digits are a name: numbers so long are not even read by Python
+MOST_DIGITS = 18
 # the default of 128 kB is less than an image
 MAX_FIELD = 2**31 - 1
 
@@ -78,7 +80,7 @@ def read_tsv(path):
     A record is a dict of its fields as text, with these added or changed:
 
         index    "5", also where pandas wrote "5.0" because the column had gaps
-        number   the index as an int; None if it is a word
+        number   the index as an int; None if it is a word, or too long for a number
         options  {letter: text} of the option columns that are not empty
         group    the question that this record asks: its g_index, or its index modulo 1,000,000
         copy     0 for the question itself; else which of CircularEval's rotations of it this is:
@@ -137,7 +139,7 @@ def _parse_record(columns, fields, line, indices):
     record["number"] = None
     record["group"] = index
     record["copy"] = 0
-    if index.isdecimal():
+    if index.isdecimal() and len(index) <= MOST_DIGITS:
         record["number"] = int(index)
         record["group"] = str(record["number"] % COPY_STEP)
         record["copy"] = record["number"] // COPY_STEP

@@ -10,9 +10,12 @@ import os
 import warnings
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from common.records import BadRecord, fail, read_jsonl
+from common.records import BadRecord, fail, read_jsonl, require_file
+
+# Pillow starts Ghostscript for an EPS file, whatever its name is. JPEG includes the MPO of phones
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 
 def read_captions(path):
@@ -54,6 +57,7 @@ def _caption_record(record):
 
 def _read_json(path):
     """The records of a JSON file: a list of conversations, or COCO captions."""
+    require_file(path)
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         if isinstance(data, dict):
@@ -104,7 +108,11 @@ def load_image(root, name, max_pixels):
     # links below the root may lead anywhere
     if os.path.isabs(name) or os.path.normpath(name).startswith(".."):
         raise BadRecord(f"image {name} lies outside the image root {root}")
-    return open_image(Path(root) / name, Path(root) / name, max_pixels)
+    path = Path(root) / name
+    if os.path.exists(path) and not os.path.isfile(path):
+        # a pipe would be waited for
+        raise BadRecord(f"image {path} is no regular file")
+    return open_image(path, path, max_pixels)
 
 
 def open_image(file, path, max_pixels):
@@ -116,10 +124,13 @@ def open_image(file, path, max_pixels):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 image = _upright_rgb(image)
     except FileNotFoundError:
         raise BadRecord(f"image {path} does not exist") from None
+    except UnidentifiedImageError:
+        known = ", ".join(FORMATS)
+        raise BadRecord(f"image {path} cannot be read (it is broken, or none of {known})") from None
     except Exception as error:
         # Pillow's decoders raise whatever a broken file leads them to: struct.error, KeyError
         raise BadRecord(f"image {path} cannot be read ({error})") from None

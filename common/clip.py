@@ -7,9 +7,9 @@ import torch
 from tqdm import tqdm
 
 from common.captions import load_image
-from common.records import BadRecord, fail
+from common.records import BadRecord, fail, require_files
 from common.stage import positive_int
-from common.vlm import reason_of
+from common.vlm import reason_of, require_finite
 
 
 class Clip:
@@ -25,6 +25,8 @@ class Clip:
         if Path(name).is_dir():
             source = f"local-dir:{name}"
             weights = None
+        elif weights:
+            require_files(weights)
         try:
             model, _, self.preprocess = open_clip.create_model_and_transforms(
                 source, weights, device=device, require_pretrained=True
@@ -35,6 +37,7 @@ class Clip:
             reason = reason_of(error).partition(" Available:")[0]
             flags = f"--clip {name} {weights or ''}".strip()
             fail(f"{flags} cannot be loaded: {reason}")
+        require_finite(f"--clip {name}", model)
         self.model = model.eval()
         self.device = device
         self.truncated = 0

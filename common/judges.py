@@ -16,7 +16,7 @@ from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from common.records import BadRecord, fail
 from common.text import words_of
-from common.vlm import chat_prompt, encode_prompt, join_prompts, load_vlm, reason_of
+from common.vlm import chat_prompt, encode_prompt, join_prompts, load_vlm, reason_of, require_finite
 
 QUESTION = 'Does this figure show "{text}"? Please answer yes or no.'
 # prompts per pass of the VLM
@@ -136,6 +136,7 @@ class OpenVocabularyDetector:
             # transformers, tokenizers, safetensors and torch each raise their own
             fail(f"--detector {name} cannot be loaded: {reason_of(error)}")
         self.model.to(device).eval()
+        require_finite(f"--detector {name}", self.model)
         self.thresholds = {"threshold": BOX_THRESHOLD}
         if "GroundingDino" in type(self.processor).__name__:
             # which of the prompt's words name a box

@@ -13,7 +13,8 @@ def read_masks(path):
     """read_jsonl() of a masks file.
 
     A record without exactly one [MASK], or that no completion could answer, becomes a BadRecord. A
-    question (id, image, question, answer) is a caption whose mask follows it.
+    question (id, image, question, answer) is a caption whose mask follows it. start and end may be
+    missing, as in a file that was written by hand.
     """
     for number, record in read_jsonl(path, ()):
         if not isinstance(record, BadRecord):
@@ -21,6 +22,8 @@ def read_masks(path):
                 text = f"{record['question']} {MASK}"
                 record = record | {"sentence": text, "masked_caption": text}
             record = with_fields(record, FIELDS)
+        if not isinstance(record, BadRecord) and not _has_whole_edges(record):
+            record = BadRecord("start and end, if given, must be whole numbers")
         if not isinstance(record, BadRecord) and not _is_answerable(record):
             record = BadRecord(
                 f"sentence and masked_caption need one {MASK} each, and an answer; none of them "
@@ -43,6 +46,11 @@ def load_masks(path):
     if not records:
         fail(f"{path}: no mask to learn from; it should be the output of build_masks.py")
     return records
+
+
+def _has_whole_edges(record):
+    edges = [record[name] for name in ("start", "end") if name in record]
+    return all(type(edge) is int for edge in edges)
 
 
 def _is_answerable(record):

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from common.attention import attention_spans, use_grouped_attention
 from common.plain import plain_logps, plain_sample
-from common.vlm import join_prompts, language_head, response_positions, token_logps
+from common.vlm import end_of_text_ids, join_prompts, language_head, response_positions, token_logps
 
 # fp32 logits exist for so many tokens at a time
 LOGITS_CHUNK = 256
@@ -75,9 +75,7 @@ class Policy(nn.Module):
         key_heads = text.num_key_value_heads or text.num_attention_heads
         self.heads_per_key = text.num_attention_heads // key_heads
 
-        eos = model.generation_config.eos_token_id
-        eos = eos if isinstance(eos, list) else [eos]
-        eos = sorted({processor.tokenizer.eos_token_id, *eos} - {None})
+        eos = end_of_text_ids(model, processor)
         names = ("image_token_id", "video_token_id", "vision_start_token_id")
         # an image token would ask for pixels (trl#3847)
         banned = [getattr(model.config, name, None) for name in names]

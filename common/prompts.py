@@ -8,6 +8,8 @@ from tqdm import tqdm
 from common.records import BadRecord, fail
 from common.training import prompt_order
 
+# how often a step may hold the same prompt
+MOST_REPEATS = 100
 IDLE = -1  # the place of an Example that only keeps its rank in step with others
 
 
@@ -55,6 +57,12 @@ class Prompts:
     """
 
     def __init__(self, records, encode, places, seed, flag="--data"):
+        if len(places) > MOST_REPEATS * len(records):
+            # all of a step are encoded and kept in memory
+            fail(
+                f"--prompts-per-step asks for {len(places)} of {flag}, which holds {len(records)}: "
+                "lower it"
+            )
         self.records = records
         self.encode = encode
         self.places = places

@@ -9,6 +9,9 @@ from transformers.masking_utils import sdpa_mask
 from common.attention import attention_spans
 from common.records import BadRecord, fail
 
+# more than any decoder has
+MOST_LAYERS = 10_000
+
 
 class RecordedLayers:
     """The layers whose attention is recorded: `chosen`, indices from 0.
@@ -97,7 +100,7 @@ def layer_list(text):
     for part in text.split(","):
         first, _, last = part.partition("-")
         last = last or first
-        if int(last) < int(first):
+        if not int(first) <= int(last) < MOST_LAYERS:
             raise ValueError("no layers")
         layers |= set(range(int(first), int(last) + 1))
     return sorted(layers)

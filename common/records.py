@@ -11,30 +11,63 @@ from pathlib import Path
 TEXT_FIELDS = ("image", "caption", "masked_caption", "sentence", "answer", "prediction")
 # in a checkpoint, what only a resume needs
 TRAINER = "trainer.pt"
+# characters of a message, which then fits into two lines of a terminal
+LONGEST_MESSAGE = 200
 
 
 class BadRecord(ValueError):
     """A record that cannot be used; the message says why. It is skipped, named and counted."""
 
     def __str__(self):
-        # one line, whatever a library or a path says
-        return " ".join(super().__str__().splitlines())
+        return one_line(super().__str__())
 
 
 def fail(message):
     """Ends the program with one line and exit status 1."""
-    raise SystemExit(f"error: {message}")
+    raise SystemExit(one_line(f"error: {message}"))
+
+
+def one_line(text):
+    """`text` in one line, whatever a library or a path says.
+
+    The middle of a long text is left out, as its end says what to do.
+    """
+    line = " ".join(text.splitlines())
+    if len(line) > LONGEST_MESSAGE:
+        end = f" ... {line[-LONGEST_MESSAGE // 3 :]}"
+        line = line[: LONGEST_MESSAGE - len(end)] + end
+    return line
 
 
 # ---------------------------------------------------------------- in
 
 
-def read_jsonl(path, fields):
-    """Yields (line number, dict with all `fields`), or (line number, BadRecord)."""
+def require_file(path):
+    """Ends the program unless `path` is a file that can be read more than once."""
     if Path(path).is_dir():
         fail(f"{path} is a folder: name the file in it")
-    if not Path(path).is_file():
+    if not Path(path).exists():
         fail(f"{path}: no such file")
+    if not Path(path).is_file():
+        # a pipe would be waited for, and /dev/zero read, for ever
+        fail(f"{path} is no regular file: copy what it holds into one, and name that")
+
+
+def require_files(path):
+    """require_file() of a path, if there is one, or of all that is in a folder."""
+    path = Path(path)
+    files = [path]
+    if path.is_dir():
+        files = [entry for entry in path.iterdir() if not entry.is_dir()]
+    for file in files:
+        # a broken link is not looked at
+        if file.exists():
+            require_file(file)
+
+
+def read_jsonl(path, fields):
+    """Yields (line number, dict with all `fields`), or (line number, BadRecord)."""
+    require_file(path)
     with open(path, encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -60,13 +93,17 @@ def with_fields(record, fields):
     """The record, or a BadRecord that names those of `fields` that it lacks."""
     missing = [f for f in fields if not _has_field(record, f)]
     if missing:
-        return BadRecord(f"lacks {', '.join(missing)}, or it is no text")
+        return BadRecord(f"lacks {', '.join(missing)}, or its type is wrong")
     return record
 
 
 def _has_field(record, field):
+    value = record.get(field)
     if field in TEXT_FIELDS:
-        return isinstance(record.get(field), str)
+        return isinstance(value, str)
+    if field == "id":
+        # it is part of the key under which a record is found again
+        return isinstance(value, str) or type(value) is int
     return field in record
 
 
@@ -119,6 +156,7 @@ def fingerprint(path):
     if not path.is_dir():
         return _digest(path).hexdigest()[:16]
 
+    require_files(path)
     files = sorted(p for p in path.iterdir() if p.is_file() and p.name != TRAINER)
     with ThreadPoolExecutor() as executor:
         digests = [digest.digest() for digest in executor.map(_digest, files)]
@@ -141,6 +179,7 @@ def check_settings(path, settings):
     """
     if not Path(path).exists():
         return False
+    require_file(path)
     try:
         stored = dict(json.loads(Path(path).read_text(encoding="utf-8"))["settings"])
     except (ValueError, LookupError, TypeError):

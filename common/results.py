@@ -9,7 +9,7 @@ import contextlib
 import json
 from pathlib import Path
 
-from common.records import BadRecord, fail, read_jsonl, write_json
+from common.records import BadRecord, fail, read_jsonl, require_files, write_json
 from common.stage import map_records, require_output
 from common.stats import paired_difference, with_intervals
 
@@ -57,6 +57,7 @@ def read_predictions(folder):
     unparsed: whether no answer could be read from it.
     """
     path = Path(folder, "predictions.jsonl")
+    require_files(folder)
     try:
         settings = json.loads(Path(f"{path}.run.json").read_text())["settings"]
     except (OSError, ValueError, LookupError):

@@ -32,6 +32,7 @@ from common.locks import lock_output
 from common.ranks import barrier, broadcast
 from common.records import (
     TRAINER,
+    BadRecord,
     check_settings,
     fail,
     fingerprint,
@@ -144,8 +145,9 @@ class Run:
         A run that was refused before this binds no settings, so that the right command can follow.
         """
         self.loaded_memory = peak_memory()
-        metrics = metrics_until(self.out, self.start_step)
-        self.skipped = [record.get("skipped_update", 0) for record in metrics]
+        metrics = metrics_until(self.out, self.start_step, self.rank)
+        skipped = [record.get("skipped_update") for record in metrics]
+        self.skipped = [count for count in skipped if type(count) is int]
         if self.rank == 0:
             write_json(self.out / "run.json", {"settings": self.settings, "flags": self.flags})
             self._cut_logs(metrics)
@@ -285,13 +287,24 @@ def draw_curves(out):
         tqdm.write(f"{out}/curves.png could not be drawn: {error}")
 
 
-def metrics_until(out, step):
-    """The records of metrics.jsonl up to `step`; a line that was cut by a kill is left out."""
+def metrics_until(out, step, rank=0):
+    """The records of metrics.jsonl up to `step`, one per step.
+
+    A line that a kill has cut, or that says no step, is left out. Rank 0 names what is missing.
+    """
     path = Path(out, "metrics.jsonl")
-    if not path.exists():
-        return []
-    records = [record for _, record in read_jsonl(path, ("step",)) if isinstance(record, dict)]
-    return [record for record in records if record["step"] <= step]
+    by_step = {}
+    if path.exists():
+        for _, record in read_jsonl(path, ("step",)):
+            if not isinstance(record, BadRecord) and type(record["step"]) is int:
+                by_step[record["step"]] = record
+    missing = [i for i in range(1, step + 1) if i not in by_step]
+    if missing and rank == 0:
+        print(
+            f"{path} lacks {len(missing)} of {step} steps, the first of them {missing[0]}: the "
+            "weights are not affected, the curves and the number of skipped updates are"
+        )
+    return [by_step[i] for i in sorted(by_step) if 1 <= i <= step]
 
 
 def _written_files(out):

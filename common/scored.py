@@ -1,8 +1,8 @@
 """Scored captions: reading what stage 1 wrote, and checking that it fits."""
 
-import math
-
 from common.records import BadRecord, read_jsonl
+
+LARGEST = 1e9
 
 
 def read_scores(path):
@@ -28,12 +28,15 @@ def _check_sentence(sentence, caption):
     for word in words:
         edges += [word["start"], word["end"]]
     edges.append(sentence["end"])
+    if not all(type(edge) is int for edge in edges):
+        raise TypeError
     text = caption[sentence["start"] : sentence["end"]]
     if text != sentence["text"] or not words or edges != sorted(edges):
         raise ValueError
 
-    total = sentence.get("ablation", 0)
+    values = [sentence.get("ablation", 0)]
     for scores in (sentence, *words, *(word["producing"] for word in words)):
-        total += sum(scores[name] for name in ("score", "d_vis", "position_baseline", "density"))
-    if not math.isfinite(total):
+        values += [scores[name] for name in ("score", "d_vis", "position_baseline", "density")]
+    # no share, log ratio or gain in nats comes near the limit, and squares must stay finite
+    if not all(type(value) in (int, float) and abs(value) < LARGEST for value in values):
         raise ValueError

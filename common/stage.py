@@ -19,6 +19,7 @@ from common.records import (
     BadRecord,
     check_settings,
     fail,
+    one_line,
     open_for_writing,
     read_jsonl,
     write_atomically,
@@ -33,6 +34,9 @@ class RecipeParser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, arg_line):
         return shlex.split(arg_line, comments=True)
+
+    def error(self, message):
+        super().error(one_line(message))
 
 
 def make_parser(doc):
@@ -52,12 +56,20 @@ def parse(parser, argv=None):
     return parser.parse_args(recipes + flags)
 
 
-def positive_int(text):
-    """argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise ValueError("not positive")
-    return value
+def number_between(low, high, kind=float):
+    """An argparse type: a number of this kind from `low` to `high`."""
+
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return value
+
+    return number
+
+
+# more is not counted to by all that takes such a number, and never meant
+positive_int = number_between(1, 2**31 - 1, int)
 
 
 def non_negative(text):
@@ -152,13 +164,13 @@ def map_records(records, start, out, settings, source, batch_size, finish=None):
     def prepare_batch(batch):
         prepared = []
         for number, record in batch[rank::world]:
-            try:
-                if isinstance(record, BadRecord):
-                    raise record
-                prepared.append(prepare(record))
-            except BadRecord as error:
-                tqdm.write(f"skipped {source}:{number}: {error}", file=sys.stderr)
-                prepared.append(error)
+            item = record
+            if not isinstance(record, BadRecord):
+                try:
+                    item = prepare(record)
+                except BadRecord as error:
+                    item = error
+            prepared.append((f"{source}:{number}", item))
         return len(batch), prepared
 
     batches = _batches(itertools.islice(records, done, None), batch_size * world)
@@ -182,16 +194,26 @@ def _batches(records, size):
 
 
 def _results(prepared, process):
-    """{"out": output records} or {"skipped": reason} for each prepared record."""
-    good = [p for p in prepared if not isinstance(p, BadRecord)]
+    """A line of JSON, {"out": output records} or {"skipped": reason}, for each (name, item).
+
+    An output with a number that is not finite is skipped: no file of ours may hold one.
+    """
+    good = [item for _, item in prepared if not isinstance(item, BadRecord)]
     outputs = iter(process(good) if good else ())
-    results = []
-    for item in prepared:
-        if isinstance(item, BadRecord):
-            results.append({"skipped": str(item)})
-        else:
-            results.append({"out": next(outputs)})
-    return results
+    lines = []
+    for name, item in prepared:
+        result = {"skipped": str(item)}
+        if not isinstance(item, BadRecord):
+            result = {"out": next(outputs)}
+        try:
+            line = json.dumps(result, ensure_ascii=False, allow_nan=False)
+        except ValueError:
+            result = {"skipped": "what the model makes of it is not finite"}
+            line = json.dumps(result)
+        if "skipped" in result:
+            tqdm.write(f"skipped {name}: {result['skipped']}", file=sys.stderr)
+        lines.append(line + "\n")
+    return lines
 
 
 def _in_order(results_of_ranks, count):
@@ -211,7 +233,9 @@ class _MapFiles:
     def reuse(self, rank):
         # its writer may have been killed just before this line
         self.part.unlink(missing_ok=True)
-        counts = json.loads(self.info.read_text())["counts"]
+        counts = json.loads(self.info.read_text()).get("counts")
+        if not isinstance(counts, dict):
+            fail(f"{self.info} lacks the counts: choose another --out, or delete {self.out}")
         if rank == 0:
             written = counts["written"]
             print(f"reused {self.out}: complete, {written} records, {counts['skipped']} skipped")
@@ -234,19 +258,26 @@ class _MapFiles:
             print(f"resuming {self.out} after record {done}")
         return done
 
-    def append(self, results):
+    def append(self, lines):
         with open_for_writing(self.part, "a") as file:
-            file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results))
+            file.write("".join(lines))
+
+    def results(self):
+        """Yields the line of every input record so far."""
+        for number, result in read_jsonl(self.part, ()):
+            if isinstance(result, BadRecord) or not {"out", "skipped"} & set(result):
+                fail(f"{self.part}:{number} is damaged: delete the file to start over")
+            yield result
 
     def read(self):
         """Yields the output records so far."""
-        for _, result in read_jsonl(self.part, ()):
+        for result in self.results():
             yield from result.get("out", ())
 
     def complete(self, settings, finish, began):
         """Writes OUT and OUT.run.json, removes OUT.part, and returns the counts."""
         counts = collections.Counter(records=0, written=0, skipped=0)
-        for _, result in read_jsonl(self.part, ()):
+        for result in self.results():
             written = len(result.get("out", ()))
             counts.update(records=1, written=written, skipped="skipped" in result)
 

@@ -11,10 +11,16 @@ TITLES = (
     "mr|mrs|ms|dr|prof|st|sr|jr|vs|etc|cf|fig|no|approx|ca|inc|co|mt|ave|dept|est|vol|pp"
     r"|(?:[a-z]\.)*[a-z]"
 )
-ABBREVIATION = re.compile(rf"^\s*\d+\.$|(?:^|[\s(\"'“‘])(?:{TITLES})\.$", re.IGNORECASE)
+OPENING = r"\"'“‘„‚«‹»›「『（(¿¡"
+ABBREVIATION = re.compile(rf"^\s*\d+\.$|(?:^|[\s{OPENING}])(?:{TITLES})\.$", re.IGNORECASE)
+# “ and ‘ open in English and close in German, « and ‹ open in French and close in Danish: what
+# follows, if anything, decides
+CLOSING = r"\"'”’“‘»«›‹」』〉》】）)\]"
 SENTENCE_END = re.compile(
-    r"[。！？।؟۔]+[”’」』）]*"  # full stops that need no space after them
-    r"|[.!?…]+[\"'”’)\]»]*(?=\s|$)"  # with the quotes and brackets that close with them
+    # full stops that need no space after them, with the quotes and brackets that close with them
+    rf"[。！？।؟۔]+[”’」』〉》】）»]*(?:[{CLOSING}]+(?=\s|$))?"
+    # others, with those and French ones, which stand apart
+    rf"|[.!?…]+[{CLOSING}]*(?:[ \u00a0\u202f][»›])*(?=\s|$)"
     r"|\n+"
 )
 
@@ -41,9 +47,9 @@ def split_words(text, start=0, end=None):
 def split_sentences(text):
     """Character spans of the sentences of `text`: in order, disjoint, trimmed, with a word each.
 
-    A sentence ends after . ! ? … and the quotes that close with it, after CJK full stops, and at
-    the end of a line. It does not end after an abbreviation or an initial, inside a decimal number,
-    or where the next word is lower-case.
+    A sentence ends after . ! ? … and the quotes that close with it, in any language, after CJK full
+    stops, and at the end of a line. It does not end after an abbreviation or an initial, inside a
+    decimal number, or where the next word is lower-case.
     """
     boundaries = [(match.end(), match[0]) for match in SENTENCE_END.finditer(text)]
     boundaries.append((len(text), "\n"))

@@ -5,11 +5,16 @@ All stages lay out a sequence alike: prompts end and responses begin at one colu
     [ padding | prompt with visual tokens ][ response | padding ]
 """
 
+import signal
+
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from common.records import BadRecord, fail
+
+# of processor time, for the first use of a chat template, which takes hundredths of one
+TEMPLATE_SECONDS = 5
 
 
 def load_vlm(name, device, trust_remote_code=False, dtype=None):
@@ -32,7 +37,9 @@ def load_vlm(name, device, trust_remote_code=False, dtype=None):
         # transformers, tokenizers, safetensors and torch each raise their own for a broken file
         fail(f"{name} cannot be loaded as a vision-language model: {reason_of(error)}")
     _check_parts(name, model, processor)
-    return model.to(device).eval(), processor
+    model = model.to(device).eval()
+    require_finite(name, model)
+    return model, processor
 
 
 def reason_of(error):
@@ -55,16 +62,57 @@ def _check_parts(name, model, processor):
         if part is None:
             fail(f"{name} has no {what}: choose an instruction-tuned vision-language checkpoint")
 
-    try:
-        prompt = chat_prompt(processor, "Describe this image.")
-    except Exception as error:
-        # whatever a template raises
-        fail(f"{name}: its chat template cannot be used ({error})")
-    if processor.image_token not in prompt:
+    if processor.image_token not in _sample_prompt(name, processor):
         fail(
             f"{name}: its chat template places no image: choose an instruction-tuned "
             "vision-language checkpoint"
         )
+
+
+def _sample_prompt(name, processor):
+    """A chat prompt; a template that raises, or does not end, ends the program."""
+
+    def give_up(signum, frame):
+        fail(
+            f"{name}: its chat template does not end: choose another checkpoint, or correct the "
+            "template"
+        )
+
+    previous = signal.signal(signal.SIGVTALRM, give_up)
+    signal.setitimer(signal.ITIMER_VIRTUAL, TEMPLATE_SECONDS)
+    try:
+        return chat_prompt(processor, "Describe this image.")
+    except Exception as error:
+        # whatever a template raises
+        fail(f"{name}: its chat template cannot be used ({error})")
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, previous)
+
+
+def require_finite(name, model):
+    """Ends the program if a weight is NaN or infinite: every score would be NaN, too."""
+    for weight, values in model.named_parameters():
+        # a sum copies nothing, and if it is finite, so are all summands
+        if not values.sum().isfinite() and not values.isfinite().all():
+            fail(
+                f"{name}: its weight {weight} holds NaN or infinity: download it again, or choose "
+                "another checkpoint"
+            )
+
+
+def end_of_text_ids(model, processor):
+    """The ids of the tokens that end a text, sorted; a checkpoint without any ends the program."""
+    ids = model.generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    ids = [i for i in (processor.tokenizer.eos_token_id, *ids) if i is not None]
+    known = range(model.get_input_embeddings().num_embeddings)
+    if not ids or not all(type(i) is int and i in known for i in ids):
+        fail(
+            f"{model.name_or_path} has no token that ends a text: name one as eos_token in its "
+            "tokenizer_config.json, and see eos_token_id in its generation_config.json"
+        )
+    return sorted(set(ids))
 
 
 # ---------------------------------------------------------------- prompts

@@ -211,7 +211,7 @@ def summarise(args, counts, others):
 
     columns = min(args.samples, 4)
     shown = [drawing for drawing in drawings if drawing["sample"] < 4][: 8 * columns]
-    images = [Image.open(Path(args.out, drawing["image"])) for drawing in shown]
+    images = [Image.open(Path(args.out, drawing["image"]), formats=["PNG"]) for drawing in shown]
     captions = [drawing["prompt"] for drawing in shown]
     save_image(sheet(images, captions, columns), Path(args.out, "drawings.png"))
 

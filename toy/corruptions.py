@@ -43,7 +43,7 @@ def corrupt(image, kind, strength, name):
     if kind == "jpeg":
         file = io.BytesIO()
         image.save(file, "JPEG", quality=value)
-        return Image.open(file).convert("RGB")
+        return Image.open(file, formats=["JPEG"]).convert("RGB")
 
     # occlusion
     x, y = rng.integers(SIDE // 4, 3 * SIDE // 4, size=2).tolist()

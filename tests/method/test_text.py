@@ -35,6 +35,22 @@ def cut(text, spans):
             ["‘Go!’ she said.", "“No…”", "He left (at last.)", "Then rain."],
         ),
         (
+            "„Schön!“ Und: „Dr. Lang kam.“ Er ging. ‚Na?‘ »Ja.« »Nein!« sagt er.",
+            ["„Schön!“", "Und: „Dr. Lang kam.“", "Er ging.", "‚Na?‘", "»Ja.«", "»Nein!« sagt er."],
+        ),
+        (
+            "« Oui ! » Il part. «\u00a0Non\u00a0?\u00a0» dit-il. ”Bra!” Sedan. ¡Sr. Gil! «¿Ya?» Sí.",
+            [
+                *("« Oui ! »", "Il part.", "«\u00a0Non\u00a0?\u00a0» dit-il.", "”Bra!”", "Sedan."),
+                *("¡Sr. Gil!", "«¿Ya?»", "Sí."),
+            ],
+        ),
+        (
+            "「Hello!」 Then 『yes.』 （Fine.） No",
+            ["「Hello!」", "Then 『yes.』", "（Fine.）", "No"],
+        ),
+        ("Go. “Red” is it. Stop.“Go”", ["Go.", "“Red” is it.", "Stop.“Go”"]),
+        (
             "It waits... and waits. Then... It goes.",
             ["It waits... and waits.", "Then...", "It goes."],
         ),
@@ -50,6 +66,7 @@ def cut(text, spans):
         ("שלום עולם. זה עיגול אדום.", ["שלום עולם.", "זה עיגול אדום."]),
         ("هل هذا أحمر؟ نعم، إنه أحمر.", ["هل هذا أحمر؟", "نعم، إنه أحمر."]),
         ("यह लाल है। वह नीला है।", ["यह लाल है।", "वह नीला है।"]),
+        ('उसने कहा "हाँ।" फिर गया। «هل هذا؟» نعم', ['उसने कहा "हाँ।"', "फिर गया।", "«هل هذا؟»", "نعم"]),
         ("1. A red circle.\n2. A blue star.", ["1. A red circle.", "2. A blue star."]),
         ("  ", []),
         ("... !", []),
