@@ -99,15 +99,14 @@ def set_aside_damaged(out, last_step):
     if damaged and len(damaged) == len(checkpoints(out)):
         path, reason = next(iter(damaged.items()))
         fail(
-            f"{path} cannot be resumed from ({reason}), and there is none before it that can: "
-            "--no-resume starts over"
+            f"{path} is damaged ({reason}), and no other can be resumed from: --no-resume starts over"
         )
 
     for path, reason in damaged.items():
         aside = path.with_name(f"{path.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(path, aside)
-        print(f"{path} cannot be resumed from ({reason}): kept as {aside.name}")
+        print(f"{path} is damaged ({reason}): kept as {aside.name}")
 
 
 def damage_of(path, step):
@@ -123,7 +122,7 @@ def damage_of(path, step):
     if not isinstance(optimizer, dict) or not {"state", "param_groups"} <= set(optimizer):
         return f"{TRAINER} has no optimizer"
     if not all(map(_is_finite, _leaves(optimizer))):
-        return f"{TRAINER} holds numbers that are not finite"
+        return f"{TRAINER} is not finite"
     return None
 
 
@@ -178,8 +177,8 @@ def load_optimizer(policy, optimizer, moments, path):
     # no shapes: no step was taken before it
     if names != list(trained) or shapes not in ({}, trained):
         fail(
-            f"{path} is of other parameters than are trained here, or of an earlier version: choose "
-            f"another --out, with --model {path.parent}"
+            f"{path} is of other parameters or an earlier version: choose another --out, and that "
+            "checkpoint as --model"
         )
     if not shapes:
         return

@@ -191,10 +191,8 @@ class Run:
         self.skipped.append(metrics["skipped_update"])
         if len(self.skipped) >= 10 and min(self.skipped[-10:]) == self.updates:
             fail(
-                f"the loss or gradient was not finite in ten steps in a row, the last of them "
-                f"{step}: look at grad_norm in {self.out}/metrics.jsonl and at "
-                f"{self.out}/samples.txt, lower --lr; the newest checkpoint has the weights from "
-                "before"
+                f"loss or gradient was not finite in ten steps up to {step}: see grad_norm in "
+                f"{self.out}/metrics.jsonl, and start another --out with a lower --lr"
             )
 
     def log_samples(self, text):
