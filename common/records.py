@@ -182,7 +182,7 @@ def check_settings(path, settings):
     require_file(path)
     try:
         stored = dict(json.loads(Path(path).read_text(encoding="utf-8"))["settings"])
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         fail(f"{path} is not what a run writes there: choose another --out, or delete it")
 
     # a tuple comes back from JSON as a list

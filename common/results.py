@@ -64,15 +64,30 @@ def read_predictions(folder):
         fail(f"{folder} holds no finished predictions of evaluate.py")
 
     predictions = collections.defaultdict(list)
-    for _, record in read_jsonl(path, ("condition",)):
+    for number, record in read_jsonl(path, ("condition",)):
         if isinstance(record, BadRecord):
             continue
+        if not _has_sound_fields(record):
+            fail(f"{path}:{number} is not what evaluate.py writes: evaluate to another --out")
         if "format_ok" in record:
             record["index"] = mask_index(record)
             record["unit"] = record["id"]
             record["unparsed"] = not record["format_ok"]
         predictions[record["condition"]].append(record)
     return predictions, settings
+
+
+def _has_sound_fields(record):
+    """Whether the fields of a prediction have the types that are written: it may be edited."""
+    if not isinstance(record["condition"], str):
+        return False
+    if "format_ok" not in record:
+        return True
+    texts = ("id", "image", "sentence", "answer", "condition", "prediction")
+    numbers = [value for name, value in record.items() if name not in texts]
+    # no metric, character or count comes near the limit
+    are_finite = all(type(number) in (int, float) and abs(number) < 1e9 for number in numbers)
+    return are_finite and all(isinstance(record.get(name, ""), str | int) for name in texts)
 
 
 def evaluate_records(args, rank, records, start, settings, kind, score):

@@ -194,10 +194,7 @@ def _batches(records, size):
 
 
 def _results(prepared, process):
-    """A line of JSON, {"out": output records} or {"skipped": reason}, for each (name, item).
-
-    An output with a number that is not finite is skipped: no file of ours may hold one.
-    """
+    """A line of JSON, {"out": output records} or {"skipped": reason}, for each (name, item)."""
     good = [item for _, item in prepared if not isinstance(item, BadRecord)]
     outputs = iter(process(good) if good else ())
     lines = []
@@ -208,6 +205,7 @@ def _results(prepared, process):
         try:
             line = json.dumps(result, ensure_ascii=False, allow_nan=False)
         except ValueError:
+            # no file of ours may hold NaN or infinity
             result = {"skipped": "what the model makes of it is not finite"}
             line = json.dumps(result)
         if "skipped" in result:
@@ -233,12 +231,13 @@ class _MapFiles:
     def reuse(self, rank):
         # its writer may have been killed just before this line
         self.part.unlink(missing_ok=True)
-        counts = json.loads(self.info.read_text()).get("counts")
-        if not isinstance(counts, dict):
+        try:
+            counts = json.loads(self.info.read_text())["counts"]
+            said = f"{int(counts['written'])} records, {int(counts['skipped'])} skipped"
+        except (LookupError, TypeError, ValueError):
             fail(f"{self.info} lacks the counts: choose another --out, or delete {self.out}")
         if rank == 0:
-            written = counts["written"]
-            print(f"reused {self.out}: complete, {written} records, {counts['skipped']} skipped")
+            print(f"reused {self.out}: complete, {said}")
         return counts
 
     def resume(self, is_same_run, share):

@@ -341,3 +341,18 @@ def test_a_damaged_part_of_an_output_is_named(world, run, monkeypatch):
     assert_one_line(run(*score)[0], "out.part:1 is damaged")
     (world / "out.part").unlink()
     assert run(*score)[0] is None
+
+
+def test_predictions_that_were_edited_are_refused_with_their_line(world, run):
+    assert run("evaluate", world / "masks.jsonl")[0] is None
+    path = world / "out" / "predictions.jsonl"
+    records = read(path)
+    for change in ({"rouge_l": "1"}, {"exact_match": HUGE}, {"condition": []}, {"id": [1]}):
+        write(path, [records[0], records[1] | change, *records[2:]])
+        error, _ = run("evaluate", world / "masks.jsonl")
+        assert_one_line(error, "predictions.jsonl:2 is not what evaluate.py writes")
+    write(path, records)
+    info = world / "out" / "predictions.jsonl.run.json"
+    settings = json.loads(info.read_text())["settings"]
+    info.write_text(json.dumps({"settings": settings, "counts": {"records": 2}}))
+    assert_one_line(run("evaluate", world / "masks.jsonl")[0], "lacks the counts")
