@@ -153,10 +153,10 @@ def fingerprint(path):
     path = Path(path)
     if not path.exists():
         return str(path)
+    require_files(path)
     if not path.is_dir():
         return _digest(path).hexdigest()[:16]
 
-    require_files(path)
     files = sorted(p for p in path.iterdir() if p.is_file() and p.name != TRAINER)
     with ThreadPoolExecutor() as executor:
         digests = [digest.digest() for digest in executor.map(_digest, files)]
