@@ -82,12 +82,14 @@ def _has_sound_fields(record):
     if not isinstance(record["condition"], str):
         return False
     if "format_ok" not in record:
-        return True
-    texts = ("id", "image", "sentence", "answer", "condition", "prediction")
-    numbers = [value for name, value in record.items() if name not in texts]
+        return "unit" in record
+    texts = ("image", "sentence", "answer", "condition", "prediction")
+    numbers = [value for name, value in record.items() if name not in ("id", *texts)]
     # no metric, character or count comes near the limit
     are_finite = all(type(number) in (int, float) and abs(number) < 1e9 for number in numbers)
-    return are_finite and all(isinstance(record.get(name, ""), str | int) for name in texts)
+    are_texts = all(isinstance(record.get(name, ""), str) for name in texts)
+    has_index = isinstance(record.get("id"), str | int) and "sentence" in record
+    return are_finite and are_texts and has_index
 
 
 def evaluate_records(args, rank, records, start, settings, kind, score):

@@ -73,9 +73,9 @@ positive_int = number_between(1, 2**31 - 1, int)
 
 
 def non_negative(text):
-    """argparse type: a finite number of at least 0."""
+    """argparse type: a number of at least 0 that fp32 can hold."""
     value = float(text)
-    if not 0 <= value < float("inf"):
+    if not 0 <= value < 1e38:
         raise ValueError("negative or not finite")
     return value
 

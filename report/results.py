@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 
+from common.records import BadRecord
 from common.results import interval, is_overall, read_predictions, remark, sections
 from report.curves import read_metrics, training_figures
 from report.figures import as_svg, interval_plot
@@ -201,7 +202,11 @@ def example_card(record, others, load_example):
 
     others: {"before": the prediction of --compare, "another image": the shuffled one}, or None.
     """
-    loaded, text = load_example(record["index"])
+    try:
+        loaded, text = load_example(record["index"])
+    except (BadRecord, LookupError):
+        # the predictions are older than the page, and what they are of may have gone since
+        loaded, text = [], "(no longer in the data, or without its image)"
     images = []
     for image in loaded:
         uri, width, height = image_uri(image, 256)

@@ -205,6 +205,7 @@ def test_fields_of_a_benchmark_that_are_too_long_or_no_paths_cost_their_record_a
         ("evaluate", ["--backbone-accuracy", "nan"]),
         ("evaluate", ["--backbone-accuracy", "101"]),
         ("train", ["--steps", "9" * 400]),
+        ("train", ["--clip-eps", "1e308"]),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -351,7 +352,11 @@ def test_predictions_that_were_edited_are_refused_with_their_line(world, run):
         write(path, [records[0], records[1] | change, *records[2:]])
         error, _ = run("evaluate", world / "masks.jsonl")
         assert_one_line(error, "predictions.jsonl:2 is not what evaluate.py writes")
-    write(path, records)
+    # of no mask in the data, and of an image that is gone: the page says so
+    write(path, [records[0] | {"id": "x"}, *records[1:]])
+    (world / "1.png").unlink()
+    assert run("evaluate", world / "masks.jsonl")[0] is None
+    assert "no longer in the data" in (world / "out" / "results.html").read_text()
     info = world / "out" / "predictions.jsonl.run.json"
     settings = json.loads(info.read_text())["settings"]
     info.write_text(json.dumps({"settings": settings, "counts": {"records": 2}}))
