@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 INTERRUPTED = "error: interrupted; the same command continues from here"
 # as a shell has it: 128 + SIGINT
 INTERRUPTED_STATUS = 130
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)
 LOST_PEER = re.compile("gloo.*(by peer|pipe)|ncclRemoteError", re.DOTALL | re.IGNORECASE)
 
 
@@ -87,7 +88,13 @@ def run_script(main):
                 f"{error.filename or 'output'}: {error.strerror or error}; what was written is "
                 "kept, and the same command continues from there"
             )
-        except RuntimeError as error:
+        except (MemoryError, RuntimeError) as error:
+            # torch's is a RuntimeError
+            if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+                fail(
+                    "out of memory: lower --max-pixels, --batch-size or --tokens-per-forward, or "
+                    "--group-size and --max-new-tokens"
+                )
             lost_peer = LOST_PEER.search(str(error)) is not None
             if not lost_peer:
                 raise

@@ -603,3 +603,19 @@ def test_a_record_without_its_image_gives_way_to_the_next_and_is_named(warm, dat
         r"peak memory: (\d+) MiB \(the whole process; (\d+) before the first step\)", printed
     ).groups()
     assert 100 < int(loaded) <= int(peak)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_memory_that_runs_out_ends_in_one_line_that_says_what_to_lower(error):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit, match="out of memory: lower --max-pixels"):
+        run_script(main)
