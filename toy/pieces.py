@@ -1,6 +1,7 @@
 """What no stage does for the toy and its study: `python toy_world.py --piece NAME ARGUMENTS`."""
 
 import json
+from argparse import ArgumentTypeError
 
 from common.locks import lock_output
 from common.records import fail, write_atomically
@@ -40,7 +41,7 @@ def parse_piece(name, *words):
         arguments = {}
         for argument, word in zip(usage.split(), words, strict=True):
             arguments[argument] = word if argument in NAMES else positive_int(word)
-    except ValueError:
+    except (ValueError, ArgumentTypeError):
         numbers = f"{usage}: whole numbers, except FILE and MODEL" if usage else "no more words"
         fail(f"--piece {name} takes {numbers}")
     return arguments.get(written, written), list(arguments.values())
