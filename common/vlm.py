@@ -5,6 +5,7 @@ All stages lay out a sequence alike: prompts end and responses begin at one colu
     [ padding | prompt with visual tokens ][ response | padding ]
 """
 
+import collections
 import signal
 
 import torch
@@ -164,8 +165,11 @@ def encode_prompt(model, processor, prompt, images, room=0):
     return encoded
 
 
-class Batch(dict):
-    """Model inputs of B prompts; `prompts` are the same as encode_prompt() returned them."""
+class Batch(collections.UserDict):
+    """Model inputs of B prompts; `prompts` are the same as encode_prompt() returned them.
+
+    No dict: some versions of FSDP rebuild those that they move to a GPU, without `prompts`.
+    """
 
     prompts: list
 
