@@ -1,6 +1,7 @@
 """Which decoder layers are recorded, and observing their queries and keys in a forward pass."""
 
 import contextlib
+from argparse import ArgumentTypeError
 
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -101,6 +102,6 @@ def layer_list(text):
         first, _, last = part.partition("-")
         last = last or first
         if not int(first) <= int(last) < MOST_LAYERS:
-            raise ValueError("no layers")
+            raise ArgumentTypeError(f"{text}: write layers from 0, as 14-20 or 3,5,7")
         layers |= set(range(int(first), int(last) + 1))
     return sorted(layers)

@@ -1,5 +1,6 @@
 """Equation (1) and the density ratio, row by row, against plain slow computation."""
 
+import argparse
 import math
 
 import pytest
@@ -276,7 +277,7 @@ def test_text_that_contains_an_image_token_is_refused(checkpoint, family):
 
 def test_a_layer_that_is_named_twice_counts_once():
     assert layer_list("2,2") == [2] and layer_list("3-5,5,1") == [1, 3, 4, 5]
-    with pytest.raises(ValueError):
+    with pytest.raises(argparse.ArgumentTypeError, match="14-20"):
         layer_list("7-5")
 
 
