@@ -451,6 +451,18 @@ def moments(out, step):
     return steps, {name: moments["exp_avg"] for name, moments in state.items()}
 
 
+def test_sharded_ranks_of_a_family_that_is_computed_plainly_give_the_weights_of_one(
+    run_ranks, checkpoint, data, tmp_path
+):
+    model = checkpoint("lfm2_vl")
+    flags = "--objective sft --steps 2 --lr 1e-6"
+    assert run_ranks(2, model, data, tmp_path / "two", f"{flags} --shard") == [0, 0]
+    assert "lfm2_vl: sharing prompts would be wrong" in train(model, data, tmp_path / "one", flags)
+    one = weights(tmp_path / "one", 2)
+    assert largest_difference(one, load_file(model / "model.safetensors")) > 0
+    assert largest_difference(one, weights(tmp_path / "two", 2)) < 1e-7
+
+
 def test_ranks_work_on_different_samples(run_ranks, warm, data, tmp_path):
     """The same prompts on every rank would halve the data.
 
