@@ -77,7 +77,9 @@ def report(policy, problem, prompt_tokens, group, max_length):
     """Prints which computation it is, and what it costs."""
     family = policy.model.config.model_type
     if policy.shared_limit == math.inf:
-        print_once(f"{family}: checked on your prompts, sharing them among completions is exact")
+        print_once(
+            f"{family}: completions share their prompt; checked on your prompts, it is exact"
+        )
         return
     ratio = group * (prompt_tokens + max_length) / (prompt_tokens + group * max_length)
     cost = f"{ratio:.1f} times the tokens, and decoding one prompt at a time"

@@ -152,7 +152,7 @@ def test_the_check_says_in_one_line_what_it_chose(checkpoint, family, capsys):
     choose_computation(policy, encode(policy), 8, 64)
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith(family)]
     if LIMITS[family] == math.inf:
-        assert "sharing them among completions is exact" in line
+        assert "completions share their prompt; checked" in line
     elif LIMITS[family]:
         assert "exact within the 512 tokens" in line
     else:
